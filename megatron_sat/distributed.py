@@ -1,0 +1,117 @@
+"""Process groups: who this rank is, and megatron.core's parallel layout. The only room that reads torchrun's environment.
+
+It holds no state: after `initialize`, ask `megatron.core.parallel_state`, or the `Layout` that it returned.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What the launcher told this process. One process without a launcher is rank 0 of 1."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def read_launch() -> Launch:
+    """The launch as torchrun, Slurm's srun wrapper or nothing at all describes it in the environment."""
+    return Launch(
+        rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+    )
+
+
+def join(launch: Launch, *, backend: str, timeout_minutes: int) -> None:
+    """Join the default process group, on this rank's GPU where there is one.
+
+    backend: "nccl" or "gloo". Raises RuntimeError when the launcher's address is missing for more than one rank.
+    """
+    if dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(launch.local_rank)
+    timeout = timedelta(minutes=timeout_minutes)
+    if launch.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise RuntimeError(
+            f"WORLD_SIZE ({launch.world_size}) needs MASTER_ADDR and MASTER_PORT, MASTER_ADDR is not set; "
+            "start the ranks with torchrun"
+        )
+    dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """This rank's place and the groups that the rooms above are handed."""
+
+    tp_size: int
+    pp_size: int
+    cp_size: int
+    dp_size: int
+    tp_rank: int
+    pp_rank: int
+    cp_rank: int
+    dp_rank: int
+    tp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup
+    """Ranks of one model replica (tp x pp)."""
+
+
+def initialize_model_parallel(
+    *, tp: int, pp: int, cp: int, virtual_pp: int | None, seed: int, timeout_minutes: int = 10
+) -> Layout:
+    """Cut the world into megatron.core's groups (once), seed its generators, and say where this rank stands."""
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=virtual_pp,
+            context_parallel_size=cp,
+            distributed_timeout_minutes=timeout_minutes,
+        )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+    return current_layout()
+
+
+def current_layout() -> Layout:
+    """The layout of a process whose model-parallel groups exist."""
+    ps = parallel_state
+    return Layout(
+        tp_size=ps.get_tensor_model_parallel_world_size(),
+        pp_size=ps.get_pipeline_model_parallel_world_size(),
+        cp_size=ps.get_context_parallel_world_size(),
+        dp_size=ps.get_data_parallel_world_size(),
+        tp_rank=ps.get_tensor_model_parallel_rank(),
+        pp_rank=ps.get_pipeline_model_parallel_rank(),
+        cp_rank=ps.get_context_parallel_rank(),
+        dp_rank=ps.get_data_parallel_rank(),
+        tp_group=ps.get_tensor_model_parallel_group(),
+        cp_group=ps.get_context_parallel_group(),
+        dp_group=ps.get_data_parallel_group(),
+        dp_cp_group=ps.get_data_parallel_group(with_context_parallel=True),
+        model_group=ps.get_model_parallel_group(),
+    )
+
+
+def leave() -> None:
+    """Wait for the others and take the process group down; a no-op without one."""
+    if dist.is_initialized():
+        dist.barrier()
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

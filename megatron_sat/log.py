@@ -1,0 +1,68 @@
+"""What a person reads on the console: rank 0 speaks, through rich; the others are silent.
+
+Rooms above hand over finished sentences, tables and progress; nobody else prints.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_console = Console(highlight=False, soft_wrap=True)
+_warned: set[str] = set()
+
+
+def speaks() -> bool:
+    """Whether this process is the one that prints: rank 0, or a process without ranks."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def say(text: str) -> None:
+    """One line (or paragraph) for the reader; rank 0 only."""
+    if speaks():
+        _console.print(escape(text))
+
+
+def warn_once(text: str) -> None:
+    """A warning that is said once a process, on rank 0, and is visible to ``warnings`` filters in tests."""
+    if text not in _warned and speaks():
+        _warned.add(text)
+        warnings.warn(text, UserWarning, stacklevel=2)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table: column heads, one sequence a row; numbers are right-aligned. Rank 0 only."""
+    if not speaks():
+        return
+    drawn = Table(title=title, title_justify="left")
+    rows = [list(row) for row in rows]
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
+        drawn.add_column(column, justify="right" if numeric else "left")
+    for row in rows:
+        drawn.add_row(*(escape(str(cell)) for cell in row))
+    _console.print(drawn)
+
+
+class Advance(Protocol):
+    """Tells a progress bar how much further the work is."""
+
+    def __call__(self, amount: int = 1) -> None: ...
+
+
+@contextmanager
+def progress(total: int | None, description: str) -> Iterator[Advance]:
+    """A progress bar over ``total`` units (None: unknown); yields the function that advances it. Rank 0 only."""
+    if not speaks() or not _console.is_terminal:
+        yield lambda amount=1: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_console) as bar:
+        task = bar.add_task(escape(description), total=total)
+        yield lambda amount=1: bar.advance(task, amount)
