@@ -1,0 +1,1 @@
+"""Sparsity-Accelerated Training of large language models on megatron.core."""
