@@ -29,7 +29,7 @@ def _compile() -> None:
     def compile_nothing(function: Any = None, **_: Any) -> Any:
         return function if function is not None else (lambda f: f)
 
-    torch.compile = compile_nothing
+    torch.compile = compile_nothing  # type: ignore[assignment]
 
 
 def _devices() -> None:

@@ -1,0 +1,1 @@
+"""Megatron's layers, able to compute with a part of their neurons: thin subclasses, dense parameters."""

@@ -1,0 +1,113 @@
+"""Giving the sparse modules of a built model their selectors. Until then the model is dense Megatron.
+
+The only place where the method meets process groups: which ranks hold other tokens of the same step.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module
+
+from megatron_sat.distributed import Layout
+from megatron_sat.layers.attention import SparseSelfAttention
+from megatron_sat.layers.mlp import SparseMLP
+from megatron_sat.layers.sparse import SparsePair
+from megatron_sat.sparsity.importance import Needs
+from megatron_sat.sparsity.neurons import Channels, Heads, Neurons
+from megatron_sat.sparsity.selector import Place, SelectionConfig, Selector, Weights
+
+_Plan = tuple[Neurons, Literal["attention", "mlp"], int, int]
+"""Neurons, kind, selection groups in the shard, multiple."""
+
+
+def attach_selectors(chunks: Iterable[Module], *, config: SelectionConfig, layout: Layout) -> int:
+    """Give every sparse attention and MLP of this rank's model chunks a selector; returns how many there are.
+
+    Raises ValueError where selection groups do not fit this TP size, this number of query groups or of channels.
+    """
+    count = 0
+    for chunk in chunks:
+        for layer in chunk.modules():
+            number = getattr(layer, "layer_number", None)
+            for module in (getattr(layer, "self_attention", None), getattr(layer, "mlp", None)):
+                if isinstance(module, SparsePair) and number is not None:
+                    module.selector = build_selector(module, layer=number, config=config, layout=layout)
+                    count += 1
+    return count
+
+
+def build_selector(module: SparsePair, *, layer: int, config: SelectionConfig, layout: Layout) -> Selector:
+    """The selector of one module of global layer ``layer`` (from 1)."""
+    column, row = module.linear_pair()
+    if isinstance(module, SparseSelfAttention):
+        neurons, kind, groups, multiple = _heads(module, config, layout)
+    else:
+        assert isinstance(module, SparseMLP)
+        neurons, kind, groups, multiple = _channels(module, config, layout)
+    place = Place(
+        kind=kind, layer=layer, shard=layout.tp_rank, num_shards=layout.tp_size, groups=groups, multiple=multiple
+    )
+    return Selector(
+        neurons,
+        place=place,
+        config=config,
+        weights=Weights(column=lambda: column.weight, row=lambda: row.weight),
+        add_ranks=_adder(config, layout, sequence_parallel=module.config.sequence_parallel),
+    )
+
+
+def _heads(module: SparseSelfAttention, config: SelectionConfig, layout: Layout) -> _Plan:
+    groups, whole = module.num_query_groups_per_partition, config.gqa == "group"
+    neurons = Heads(
+        groups=groups,
+        heads_per_group=module.num_attention_heads_per_partition // groups,
+        head_dim=module.hidden_size_per_attention_head,
+        whole_groups=whole,
+    )
+    # heads that leave singly have their quota in every query group, so the choice never depends on TP
+    quotas = _groups_here(config, layout, units=groups, noun="query groups") if whole else groups
+    return neurons, "attention", quotas, 1
+
+
+def _channels(module: SparseMLP, config: SelectionConfig, layout: Layout) -> _Plan:
+    gated = module.config.gated_linear_unit
+    units = module.linear_fc1.output_size_per_partition // (2 if gated else 1)
+    neurons = Channels(units=units, gated=gated, score_source=config.swiglu_score)
+    return neurons, "mlp", _groups_here(config, layout, units=units, noun="channels"), config.channel_multiple
+
+
+def _groups_here(config: SelectionConfig, layout: Layout, *, units: int, noun: str) -> int:
+    """Selection groups in this rank's shard of ``units``."""
+    groups = config.selection_groups
+    if groups % layout.tp_size:
+        raise ValueError(
+            f"--sat-selection-groups ({groups}) must be a multiple of the tensor-parallel size ({layout.tp_size}); "
+            f"try {layout.tp_size}"
+        )
+    here = groups // layout.tp_size
+    if units % here:
+        raise ValueError(
+            f"--sat-selection-groups ({groups}) must divide the {noun} ({units * layout.tp_size}); "
+            f"try {layout.tp_size}"
+        )
+    return here
+
+
+def _adder(
+    config: SelectionConfig, layout: Layout, *, sequence_parallel: bool
+) -> Callable[[Tensor, Needs], Tensor]:
+    """The function that adds sums over the ranks which hold other tokens: CP always, DP if shared, TP for inputs under SP."""
+    replicas = layout.dp_cp_group if config.dp_selection == "shared" else layout.cp_group
+
+    def add_ranks(sums: Tensor, needs: Needs) -> Tensor:
+        if needs == "nothing":
+            return sums
+        across_tp = [layout.tp_group] if sequence_parallel and needs == "inputs" else []
+        for group in [*across_tp, replicas]:
+            if group.size() > 1:
+                dist.all_reduce(sums, group=group)
+        return sums
+
+    return add_ranks

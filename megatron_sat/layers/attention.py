@@ -1,0 +1,40 @@
+"""Megatron's self-attention over the heads kept this step (eq. 9): Q, K, V and O are cut by one index set."""
+
+from typing import Any
+
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+from megatron_sat.layers.linear import SparseColumnParallelLinear, SparseRowParallelLinear
+from megatron_sat.layers.sparse import Output, SparsePair
+from megatron_sat.sparsity.neurons import Heads
+
+
+class SparseSelfAttention(SparsePair, SelfAttention):
+    """A drop-in for ``SelfAttention`` in a layer spec, with the sparse linear layers as its submodules."""
+
+    linear_qkv: SparseColumnParallelLinear
+    linear_proj: SparseRowParallelLinear
+
+    def linear_pair(self) -> tuple[SparseColumnParallelLinear, SparseRowParallelLinear]:
+        return self.linear_qkv, self.linear_proj
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Output:
+        """hidden_states: [s, b, h] ([s/p, b, h] under SP). Returns the output of that shape, summed over TP, and a bias."""
+        kept = self.choose(hidden_states, lambda: SelfAttention.forward(self, hidden_states, *args, **kwargs))
+        return self.scaled(SelfAttention.forward(self, hidden_states, *args, **kwargs), kept)
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron's, with its two counts of heads set to what this call really computes."""
+        columns = self.linear_proj.columns
+        if columns is None:
+            return super().get_query_key_value_tensors(*args, **kwargs)
+        assert self.selector is not None and isinstance(self.selector.neurons, Heads)
+        neurons, dense = self.selector.neurons, (self.num_attention_heads_per_partition, self.num_query_groups_per_partition)
+        heads = columns.numel() // neurons.head_dim
+        self.num_attention_heads_per_partition = heads
+        self.num_query_groups_per_partition = heads // neurons.heads_per_group if neurons.whole_groups else neurons.groups
+        try:
+            return super().get_query_key_value_tensors(*args, **kwargs)
+        finally:
+            self.num_attention_heads_per_partition, self.num_query_groups_per_partition = dense

@@ -1,0 +1,52 @@
+"""Megatron's column- and row-parallel linear layers, cut to some rows or columns for the call in progress.
+
+Only `_forward_impl` is overridden, where Megatron has the weight in hand: its communication, autograd functions and
+checkpoints stay its own, and so does the code on a step that keeps everything. The owner (attention, MLP) sets `rows`
+or `columns` before each call; parameters keep their dense shape, and their gradients too, with exact zeros.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+
+from megatron_sat.sparsity.gather import keep_columns, keep_rows
+
+
+class SparseColumnParallelLinear(ColumnParallelLinear):
+    """[s, b, h] -> [s, b, k]: the output neurons `rows` of this rank's shard; all of them where `rows` is None."""
+
+    rows: Tensor | None = None
+    """[k] int64, the rows of this rank's weight that the next call computes."""
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's; a bias that is handed back (skip_bias_add) is cut like the output."""
+        output, bias = super().forward(input_, *args, **kwargs)
+        return output, bias if bias is None or self.rows is None else keep_rows(bias, self.rows)
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+        if self.rows is not None:
+            weight = keep_rows(weight, self.rows)
+            if kwargs.get("bias") is not None:
+                kwargs["bias"] = keep_rows(kwargs["bias"], self.rows)
+            # the fused kernel adds into the whole weight's main_grad; the cut weight has none
+            kwargs["gradient_accumulation_fusion"] = False
+        return super()._forward_impl(input, weight, *args, **kwargs)
+
+
+class SparseRowParallelLinear(RowParallelLinear):
+    """[s, b, k] -> [s, b, h]: from the input neurons `columns` of this rank's shard; all of them where it is None."""
+
+    columns: Tensor | None = None
+    """[k] int64, the columns of this rank's weight that the next call's input belongs to."""
+    observe: Callable[[Tensor], None] | None = None
+    """Is shown the next calls' input, the activations of the module's neurons."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+        if self.observe is not None:
+            self.observe(input)
+        if self.columns is not None:
+            weight = keep_columns(weight, self.columns)
+            kwargs["gradient_accumulation_fusion"] = False
+        return super()._forward_impl(input, weight, *args, **kwargs)

@@ -1,0 +1,78 @@
+"""What the sparse attention and the sparse MLP share: a pair of linear layers cut by one choice.
+
+The module's own forward stays Megatron's. `choose` sets the pair for the call, `dense_activations` looks at what all
+neurons would do, and `entries` names the parameters of some units for whoever must hold them still.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from megatron_sat.layers.linear import SparseColumnParallelLinear, SparseRowParallelLinear
+from megatron_sat.sparsity.controller import Entry
+from megatron_sat.sparsity.neurons import Kept
+from megatron_sat.sparsity.selector import Selector
+
+Output = tuple[Tensor, Tensor | None]
+
+
+class SparsePair(Module):
+    """Mixed into a Megatron module whose neurons are rows of one linear layer and columns of the next."""
+
+    selector: Selector | None = None
+    """None: the module is dense, line for line Megatron's."""
+
+    def linear_pair(self) -> tuple[SparseColumnParallelLinear, SparseRowParallelLinear]:
+        """(qkv, proj) or (fc1, fc2)."""
+        raise NotImplementedError
+
+    def choose(self, tokens: Tensor, forward: Callable[[], Output]) -> Kept | None:
+        """Set the pair for this call and return what is kept (None: everything).
+
+        tokens: [s, b, h] as the module receives them; forward: the module's own forward of them.
+        """
+        kept = None
+        if self.selector is not None:
+            kept = self.selector.kept(tokens, lambda: self._dense_activations(forward))
+        self._set(kept)
+        return kept
+
+    def scaled(self, output: Output, kept: Kept | None) -> Output:
+        """The module's output [s, b, h] and bias, the output rescaled where the choice asks for it."""
+        if kept is None or self.selector is None or self.selector.output_scale == 1.0:
+            return output
+        return output[0] * self.selector.output_scale, output[1]
+
+    def entries(self, index: Tensor) -> list[Entry]:
+        """Parameter entries that belong to the units ``index`` alone: rows of the first layer, columns of the second."""
+        assert self.selector is not None
+        column, row = self.linear_pair()
+        rows, columns = self.selector.neurons.rows(index), self.selector.neurons.columns(index)
+        found: list[Entry] = [(column.weight, 0, rows), (row.weight, 1, columns)]
+        return found if column.bias is None else [*found, (column.bias, 0, rows)]
+
+    def _set(self, kept: Kept | None) -> None:
+        column, row = self.linear_pair()
+        if kept is None or self.selector is None:
+            column.rows = row.columns = None
+        else:
+            column.rows = self.selector.neurons.kept_rows(kept.index)
+            row.columns = self.selector.neurons.columns(kept.index)
+
+    def _dense_activations(self, forward: Callable[[], Output]) -> Tensor:
+        """[s, b, k]: the second layer's input when every neuron takes part; without dropout, so no random state moves."""
+        _, row = self.linear_pair()
+        seen: list[Tensor] = []
+        was_training = self.training
+        self._set(None)
+        row.observe = seen.append
+        self.eval()
+        try:
+            with torch.no_grad():
+                forward()
+        finally:
+            row.observe = None
+            self.train(was_training)
+        return seen[0]

@@ -1,0 +1,274 @@
+"""One selector a sparse module: it measures tokens, scores, chooses, and holds the choice for the step.
+
+A step's first forward chooses (``fresh``), or the step before left the sums behind and the choice is made before any
+forward (``lagged``). Later micro-batches, pipeline chunks and recomputation reuse it. Outside a step the module is dense.
+What needs other ranks is handed in as a function; this room knows no process group.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_sat.sparsity.importance import METRICS, Needs
+from megatron_sat.sparsity.neurons import Kept, Neurons
+from megatron_sat.sparsity.selection import gumbel_noise, keep_count, select
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """How neurons are scored and chosen. Each field is the ``--sat-*`` flag of its name."""
+
+    importance: str = "maxip"
+    """A key of `importance.METRICS`."""
+    swiglu_score: str = "gate"
+    """Rows of a gated fc1 that score a channel: gate, up, gate+up. Ours; the paper has no gate."""
+    selection: str = "sampling"
+    """sampling (softmax of scores / temperature, without replacement) or top-k."""
+    temperature: float = 0.05
+    """τ of eq. 8, above 0; used by sampling."""
+    selection_groups: int = 1
+    """G: quotas are per group of n/G heads and f/G channels; a multiple of the TP size."""
+    selection_interval: int = 1
+    """Steps that a choice is kept, at least 1 (paper: 1)."""
+    channel_multiple: int = 1
+    """Kept channels of a selection group are floored to a multiple of this."""
+    gqa: str = "group"
+    """What leaves under grouped-query attention: whole groups (group), or heads within every group (head)."""
+    statistics: str = "fresh"
+    """fresh: from the step's first micro-batch (the paper); lagged: from the step before."""
+    dp_selection: str = "shared"
+    """shared: replicas add their sums and choose alike; local: each for itself."""
+    rescale: str = "none"
+    """none (the paper), or inverse-keep: a sparse module's output times 1 / (share kept)."""
+    seed: int = 1234
+    """Seed of the selection noise."""
+
+    def __post_init__(self) -> None:
+        _one_of("--sat-importance", self.importance, tuple(METRICS))
+        _one_of("--sat-swiglu-score", self.swiglu_score, ("gate", "up", "gate+up"))
+        _one_of("--sat-selection", self.selection, ("sampling", "top-k"))
+        _one_of("--sat-gqa", self.gqa, ("group", "head"))
+        _one_of("--sat-statistics", self.statistics, ("fresh", "lagged"))
+        _one_of("--sat-dp-selection", self.dp_selection, ("shared", "local"))
+        _one_of("--sat-rescale", self.rescale, ("none", "inverse-keep"))
+        _at_least_one("--sat-selection-groups", self.selection_groups)
+        _at_least_one("--sat-selection-interval", self.selection_interval)
+        _at_least_one("--sat-channel-multiple", self.channel_multiple)
+        if not self.temperature > 0:
+            raise ValueError(f"--sat-temperature must be above 0, got {self.temperature}; the paper uses 0.05")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Which neurons a selector is in charge of: a layer's module, this rank's part of it, and the quotas inside."""
+
+    kind: Literal["attention", "mlp"]
+    layer: int
+    """Global layer number, from 1: what the noise is drawn from."""
+    shard: int
+    """This rank's place among the equal shards (TP rank)."""
+    num_shards: int
+    """TP size."""
+    groups: int
+    """Selection groups inside this shard."""
+    multiple: int
+    """Kept units of a group are floored to a multiple of this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The two matrices a module's neurons lie in, read when scores are wanted."""
+
+    column: Callable[[], Tensor]
+    """fc1 or qkv, [rows, h]: a neuron is some of its rows."""
+    row: Callable[[], Tensor]
+    """fc2 or proj, [h, columns]: a neuron is some of its columns."""
+
+
+class Selector:
+    """Chooses one module's kept units, once a step."""
+
+    def __init__(
+        self,
+        neurons: Neurons,
+        *,
+        place: Place,
+        config: SelectionConfig,
+        weights: Weights,
+        add_ranks: Callable[[Tensor, Needs], Tensor],
+    ) -> None:
+        """add_ranks adds sums over the ranks that hold other tokens of this step; it may work in place."""
+        self.neurons, self.place, self.config = neurons, place, config
+        self._metric = METRICS[config.importance]
+        self._weights, self._add_ranks = weights, add_ranks
+        self._active = False
+        self._rate = Fraction(0)
+        self._draw = 0
+        self._choice: Kept | None = None
+        self._choice_key: tuple[int, int] | None = None
+        self._measures = False
+        self._sums: Tensor | None = None
+        self.visits = torch.zeros(neurons.units, dtype=torch.int32)
+        self.visited_steps = 0
+
+    # -- the step, driven by the controller
+
+    def begin_step(self, *, rate: Fraction, draw: int, next_rate: Fraction, next_draw: int) -> None:
+        """Enter a step at omission ``rate`` with the noise of step ``draw`` (the first of its selection interval).
+
+        The next step's pair says whether this one must leave sums behind (``lagged``).
+        """
+        self._active, self._rate, self._draw = True, rate, draw
+        following = self._key(next_rate, next_draw)
+        self._measures = self.config.statistics == "lagged" and following not in (None, self._key(rate, draw))
+        if self._must_choose and self._sums is not None and self.config.statistics == "lagged":
+            self._choose(self._sums)
+
+    def end_step(self) -> None:
+        """Count the visits and leave the step: dense from here on."""
+        if self.visits.device != self._weights.column().device:
+            self.visits = self.visits.to(self._weights.column().device)
+        if self.keeps_all:
+            self.visits += 1
+        elif self._choice is not None:
+            self.visits[self._choice.index] += 1
+        self.visited_steps += 1
+        self._active, self._measures = False, False
+
+    @torch.no_grad()
+    def kept(self, tokens: Tensor, activations: Callable[[], Tensor]) -> Kept | None:
+        """What the module keeps in this step, chosen now if it is not yet; None: everything.
+
+        tokens: [.., h], the module's input as this rank has it (a shard of the sequence under SP and CP).
+        activations: gives [.., k], the input of the row-parallel weight in a dense forward of these tokens; called only by
+        metrics that need it.
+        """
+        if not self._active or not (self._measures or self._must_choose):
+            return self.choice
+        sums = self._gather(tokens, activations)
+        if self._must_choose:
+            self._choose(sums)
+        if self._measures:
+            self._sums, self._measures = sums, False
+        return self.choice
+
+    # -- what is true in this step
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the step's count is the whole shard."""
+        return self._key(self._rate, self._draw) is None
+
+    @property
+    def choice(self) -> Kept | None:
+        """The choice in force; None outside a step, in a dense step, and before the step's first forward."""
+        return self._choice if self._active and not self.keeps_all else None
+
+    @property
+    def keep_rate(self) -> Fraction:
+        """The share of units that the step's rate really leaves, after quotas and floors."""
+        return Fraction(self.count(self._rate), self.neurons.units)
+
+    def count(self, rate: Fraction) -> int:
+        """Units of this shard that stay at ``rate``."""
+        size = self.neurons.units // self.place.groups
+        return self.place.groups * keep_count(size, rate, multiple=self.place.multiple)
+
+    @property
+    def output_scale(self) -> float:
+        """What a sparse module's output is multiplied by: 1, or 1 / (share kept) with ``inverse-keep``."""
+        return float(1 / self.keep_rate) if self.config.rescale == "inverse-keep" and self._active else 1.0
+
+    # -- state for a checkpoint: tensors of this shard; `sharded` ones run along the units
+
+    def state(self) -> dict[str, Tensor]:
+        """Choice, sums and visits, always the same names and shapes, so that a checkpoint can be read back into them."""
+        mask = torch.zeros(self.neurons.units, dtype=torch.uint8)
+        if self._choice is not None:
+            mask[self._choice.index.cpu()] = 1
+        draw, count = self._choice_key or (0, 0)
+        sums = self._sums.cpu() if self._sums is not None else torch.zeros(self._sums_width + 1)
+        return {
+            "kept": mask,
+            "visits": self.visits.cpu(),
+            "chosen": torch.tensor([draw, count * self.place.num_shards, self.place.groups * self.place.num_shards]),
+            "visited_steps": torch.tensor([self.visited_steps]),
+            "sums": sums[:-1],
+            "tokens": sums[-1:],
+        }
+
+    @property
+    def sharded_state(self) -> frozenset[str]:
+        """Names in `state` that run along the neurons and so are a part of the layer's; the others are whole."""
+        along = {"kept", "visits"}
+        return frozenset(along | {"sums"} if self._metric.needs == "activations" else along)
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state` gave, possibly cut for another TP size. A choice made under other quotas is dropped."""
+        device = self._weights.column().device
+        draw, count, groups = (int(x) for x in state["chosen"])
+        self._choice, self._choice_key = None, None
+        if draw and groups == self.place.groups * self.place.num_shards:
+            index = state["kept"].nonzero().squeeze(1).to(device)
+            self._choice = Kept(index=index, units=self.neurons.units)
+            self._choice_key = (draw, count // self.place.num_shards)
+        self.visits, self.visited_steps = state["visits"].to(device), int(state["visited_steps"])
+        sums = torch.cat([state["sums"], state["tokens"]]).to(device)
+        self._sums = sums if float(state["tokens"]) > 0 else None
+
+    # -- inside
+
+    def _key(self, rate: Fraction, draw: int) -> tuple[int, int] | None:
+        """What identifies a choice: the noise's step and the count. None where everything stays."""
+        count = self.count(rate)
+        return None if count == self.neurons.units else (draw, count)
+
+    @property
+    def _must_choose(self) -> bool:
+        return self._key(self._rate, self._draw) not in (None, self._choice_key)
+
+    @property
+    def _sums_width(self) -> int:
+        widths = {"nothing": 0, "inputs": self._weights.column().size(1), "activations": self._weights.row().size(1)}
+        return widths[self._metric.needs]
+
+    def _gather(self, tokens: Tensor, activations: Callable[[], Tensor]) -> Tensor:
+        needs = self._metric.needs
+        return self._add_ranks(self._metric.sums(activations() if needs == "activations" else tokens), needs)
+
+    @torch.no_grad()
+    def _choose(self, sums: Tensor) -> None:
+        if self._metric.needs == "activations":
+            scores = self.neurons.scores_of_columns(self._metric.score(self._weights.row(), sums))
+        else:
+            scores = self.neurons.scores_of_rows(self._metric.score(self._weights.column(), sums))
+        index = select(
+            scores,
+            groups=self.place.groups,
+            keep=self.count(self._rate) // self.place.groups,
+            noise=self._noise(scores.device) if self.config.selection == "sampling" else None,
+            temperature=self.config.temperature,
+        )
+        self._choice = Kept(index=index, units=self.neurons.units)
+        self._choice_key = self._key(self._rate, self._draw)
+
+    def _noise(self, device: torch.device) -> Tensor:
+        units, place = self.neurons.units, self.place
+        noise = gumbel_noise(
+            units * place.num_shards, seed=self.config.seed, step=self._draw, layer=place.layer, kind=place.kind
+        )
+        return noise[place.shard * units : (place.shard + 1) * units].to(device, non_blocking=True)
