@@ -1,0 +1,70 @@
+"""The example for those who keep Megatron-LM's trainer, run for real: two gloo ranks, its own pretrain(), mock data."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("megatron.training") is None,
+    reason="megatron-core 0.16.1's wheel has no megatron.training; 0.19's has",
+)
+MEGATRON_ARGUMENTS = """
+    --num-layers 2 --hidden-size 64 --num-attention-heads 8 --group-query-attention --num-query-groups 4
+    --ffn-hidden-size 96 --seq-length 32 --max-position-embeddings 32 --swiglu --normalization RMSNorm
+    --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights
+    --attention-dropout 0 --hidden-dropout 0 --transformer-impl local --use-cpu-initialization
+    --distributed-backend gloo --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-swiglu-fusion
+    --no-bias-dropout-fusion --no-persist-layer-norm --no-rope-fusion --micro-batch-size 2 --global-batch-size 4
+    --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --clip-grad 1.0 --log-interval 1 --eval-interval 1000
+    --eval-iters 1 --num-workers 0 --tokenizer-type NullTokenizer --vocab-size 127 --mock-data --train-iters 4
+    --tensor-model-parallel-size 2 --seed 7
+"""
+
+
+def run(*arguments: str, port: int) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    script = [str(ROOT / "tests/helpers/megatron_lm_on_cpu.py"), str(ROOT / "examples/megatron_lm/pretrain_gpt_sat.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    return subprocess.run(
+        [*launch, *script, *MEGATRON_ARGUMENTS.split(), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        check=False,
+    )
+
+
+def losses(output: str) -> list[float]:
+    return [float(x) for x in re.findall(r"lm loss: ([0-9.E+-]+) \| loss scale", output)]
+
+
+@pytest.fixture(scope="module")
+def sparse() -> subprocess.CompletedProcess[str]:
+    ladder = "--sat-schedule ladder --sat-omission-rate 0.5 --sat-schedule-start 2 --sat-rungs 1"
+    return run(*ladder.split(), "--sat-omitted-neurons", "frozen", port=29761)
+
+
+def test_the_example_trains_sparse_and_then_dense(sparse: subprocess.CompletedProcess[str]) -> None:
+    assert sparse.returncode == 0, sparse.stderr[-3000:]
+    rates = re.findall(r"step (\d) omission rates \{'attention': ([0-9.]+), 'mlp': ([0-9.]+)\}", sparse.stdout)
+    assert rates == [("1", "0.5", "0.5"), ("2", "0.5", "0.5"), ("3", "0.0", "0.0"), ("4", "0.0", "0.0")]
+
+
+def test_its_losses_differ_from_dense_training_from_the_first_step_on(sparse: subprocess.CompletedProcess[str]) -> None:
+    dense = run(port=29762)
+    assert dense.returncode == 0, dense.stderr[-3000:]
+    assert len(losses(dense.stdout)) == len(losses(sparse.stdout)) == 4
+    assert all(a != b for a, b in zip(losses(dense.stdout), losses(sparse.stdout), strict=True))
+
+
+def test_it_refuses_a_choice_that_its_checkpoints_cannot_carry() -> None:
+    refused = run("--sat-selection-interval", "2", port=29763)
+    assert refused.returncode != 0
+    assert "--sat-selection-interval (2) must be 1" in refused.stderr
