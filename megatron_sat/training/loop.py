@@ -1,0 +1,111 @@
+"""The loop: steps, and what happens between them. One for every engine, for pre-training and for fine-tuning.
+
+It knows steps, an engine and a controller; everything a run does besides training (logs, evaluation, checkpoints) is
+handed in as functions for named moments.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from megatron_sat.engines.base import Batch, Engine, StepResult
+from megatron_sat.sparsity.controller import Controller
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run is; goes through its checkpoints."""
+
+    iteration: int = 0
+    """Updates done."""
+    consumed_samples: int = 0
+    """Samples read so far, of the global order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How far the loop runs and when it pauses. Intervals in steps; None: never."""
+
+    train_iters: int
+    num_micro_batches: int
+    """Of each data-parallel rank, in each step."""
+    global_batch_size: int
+    """Samples a step."""
+    log_interval: int | None
+    eval_interval: int | None
+    save_interval: int | None
+    exit_interval: int | None = None
+    """Stop after a step that this divides."""
+    exit_duration_minutes: float | None = None
+    """Stop after the step in which this has passed since the loop began."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """What happens between steps. Each is called on every rank, in the order of this list."""
+
+    stepped: Callable[[int, StepResult, float], None]
+    """(step, result, seconds) after every update."""
+    log: Callable[[], None]
+    evaluate: Callable[[int], None]
+    """(step): a dense pass over the validation sets."""
+    save: Callable[[Progress], None]
+    should_stop: Callable[[float], bool]
+    """(minutes since the loop began): whether all ranks agree to stop now."""
+
+
+def due(step: int, interval: int | None) -> bool:
+    """Whether something that happens every ``interval`` steps happens after this one."""
+    return bool(interval) and step % interval == 0  # type: ignore[operator]
+
+
+def train(
+    engine: Engine,
+    controller: Controller,
+    *,
+    progress: Progress,
+    extent: Extent,
+    batches: Callable[[int], Iterator[Batch]],
+    moments: Moments,
+) -> Progress:
+    """Train from ``progress`` to the extent's end, or to an exit condition; returns where it stopped.
+
+    batches: (consumed samples) -> this rank's micro-batches from there on. After the last step the run is logged,
+    evaluated and saved, each unless that step just was.
+    """
+    micro_batches = batches(progress.consumed_samples)
+    began = time.monotonic()
+    started_at = progress.iteration
+    while progress.iteration < extent.train_iters:
+        step = progress.iteration + 1
+        clock = time.perf_counter()
+        with controller.step(step):
+            result = engine.train_step(micro_batches, num_micro_batches=extent.num_micro_batches)
+        moments.stepped(step, result, time.perf_counter() - clock)
+        progress = replace(
+            progress, iteration=step, consumed_samples=progress.consumed_samples + extent.global_batch_size
+        )
+        last = step == extent.train_iters
+        stop = due(step, extent.exit_interval) or moments.should_stop((time.monotonic() - began) / 60)
+        if due(step, extent.log_interval) or last or stop:
+            moments.log()
+        if due(step, extent.eval_interval) or last:
+            moments.evaluate(step)
+        if due(step, extent.save_interval) or last or stop:
+            moments.save(progress)
+        if stop:
+            break
+    if progress.iteration == started_at:
+        moments.evaluate(progress.iteration)
+    return progress
+
+
+def evaluate_sets(
+    engine: Engine, *, sets: Mapping[str, Callable[[], tuple[Iterator[Batch], int]]]
+) -> dict[str, float]:
+    """The dense loss of each named set. A set gives its micro-batches and how many a rank reads."""
+    losses = {}
+    for name, open_set in sets.items():
+        micro_batches, count = open_set()
+        losses[name] = engine.evaluate(micro_batches, num_micro_batches=count).loss
+    return losses
