@@ -35,6 +35,7 @@ help: ## this list
 	@echo "PYTHON=python3.12 chooses the interpreter (now: $(PYTHON)), ARGS='-k ladder' goes to pytest, JOBS=2 runs it in two processes"
 
 setup: $(READY) ## make the virtual environment, .venv/<Python's version>
+	@echo "$(VENV): ready"
 
 $(READY): pyproject.toml setup.py $(LOCK)
 	@echo "$(VENV): installing for Python $(word 1,$(FOUND)) with $(LOCK); the first time takes minutes"
@@ -42,7 +43,6 @@ $(READY): pyproject.toml setup.py $(LOCK)
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install --constraint $(LOCK) --editable '.[dev]'
 	@touch $@
-	@echo "$(VENV): ready"
 
 demo: $(READY) ## train the demo's models on this machine and write the report, runs/demo
 	@$(VENV)/bin/python examples/demo/run.py --out runs/demo

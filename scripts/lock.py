@@ -1,8 +1,9 @@
-"""Write the constraints of one tested pair: every package an install with all CPU extras takes, with its version.
+"""Write the constraints of one tested pair: each package of an install with all CPU extras, with its version.
 
-``make lock`` runs it with the Python it is for. The resolver is pip's own, in an environment that is thrown away;
-the hand-written ``.in`` file names the pair, everything else is free. The user's pip settings are left out, so that
-wheels which lie on one machine do not decide for the others; local versions (``2.13.0+cpu``) lose their suffix.
+``make lock`` runs it with the Python it is for. The resolver is pip's own, in an environment that is thrown
+away; the hand-written ``.in`` file names the pair, everything else is free. The user's pip settings are left
+out, so that wheels which lie on one machine do not decide for the others; local versions (``2.13.0+cpu``)
+lose their suffix.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = ("deepspeed", "dev", "eval", "peft")
-"""What is locked together. `gpu` is not: its packages compile against the CUDA of the machine they are for."""
+"""What is locked together. `gpu` is not: its packages compile against their machine's CUDA."""
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     pair = ROOT / "constraints" / f"{name}.in"
     if not pair.is_file():
         tested = ", ".join(sorted(path.stem for path in pair.parent.glob("*.in")))
-        sys.exit(f"no {pair.relative_to(ROOT)}: the tested pairs are {tested}; name one: make lock PYTHON=python3.12")
+        sys.exit(f"no constraints/{name}.in: the pairs are {tested}; name one: make lock PYTHON=python3.12")
     versions = resolve(pair)
     lines = [f"# Made by `make lock` from {name}.in and pyproject.toml: edit those.", *versions]
     target = pair.with_suffix(".txt")
@@ -51,7 +52,7 @@ def run(command: list[str]) -> None:
 
 
 def closure(report: dict) -> list[str]:
-    """The packages of pip's installation report as constraints, sorted by name, the project itself left out."""
+    """The packages of pip's installation report as constraints, sorted by name; not the project itself."""
     found = {}
     for entry in report["install"]:
         name = re.sub(r"[-_.]+", "-", entry["metadata"]["name"]).lower()
