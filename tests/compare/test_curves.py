@@ -1,0 +1,64 @@
+"""The picture: which lines it has, read back from matplotlib's own objects."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from megatron_sat.compare.curves import COLOURS, draw_curves
+from tests.compare.synthetic import comparison
+
+
+@pytest.fixture
+def figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
+    """The figure that was saved in tmp_path."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(self: Figure, *args: Any, **kwargs: Any) -> None:
+        figures.append(self)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    draw_curves(comparison(tmp_path), tmp_path / "curves.png")
+    return figures[0]
+
+
+def _points(line: Line2D) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in np.asarray(line.get_xydata())]
+
+
+def _of(axes: Axes, colour: str) -> list[Line2D]:
+    return [line for line in axes.get_lines() if line.get_color() == colour]
+
+
+def test_the_picture_is_a_png(figure: Figure, tmp_path: Path) -> None:
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_domain_has_a_curve_of_every_run_from_the_start_to_its_final_loss(figure: Figure) -> None:
+    zh = figure.axes[0]
+    handles, labels = zh.get_legend_handles_labels()
+    curves = {label: _points(line) for label, line in zip(labels, handles, strict=True)}  # type: ignore[arg-type]
+    assert list(curves) == ["dense", "SAT", "equal-time"]
+    ends = {name: (points[0], points[-1]) for name, points in curves.items()}
+    assert ends["dense"] == ((0, 8.0), (50, 5.0))
+    assert ends["SAT"] == ((0, 8.0), (40, 5.2))
+    assert ends["equal-time"] == ((0, 8.0), (40, 5.1))
+    assert figure.axes[1].get_title() == "en"
+
+
+def test_the_lower_panel_steps_down_with_the_omission_rate(figure: Figure) -> None:
+    nominal, attention, mlp = _of(figure.axes[2], COLOURS[1])
+    assert [line.get_linestyle() for line in (nominal, attention, mlp)] == ["-", ":", "--"]
+    assert [rate for _, rate in _points(nominal)] == [0.5] * 6 + [0.0] * 5
+    assert [rate for _, rate in _points(mlp)] == [0.25] * 6 + [0.0] * 5
+
+
+def test_dense_runs_have_a_nominal_rate_of_zero_and_nothing_else(figure: Figure) -> None:
+    (dense,) = _of(figure.axes[2], COLOURS[0])
+    assert {rate for _, rate in _points(dense)} == {0.0}

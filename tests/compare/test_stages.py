@@ -1,0 +1,118 @@
+"""Stages: done once, done again when anything they depend on changed, never half done."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_sat.compare.stages import LOG, MARKER, Stage, run_stage
+
+COUNT = "import sys; open(sys.argv[1], 'a').write('ran\\n'); print('step 1'); print('noise')"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def count(tmp_path: Path) -> Stage:
+    """A stage that leaves a line in tmp_path/count whenever it runs."""
+    command = (sys.executable, "-c", COUNT, str(tmp_path / "count"))
+    return Stage(name="count", folder=tmp_path / "stage", command=command)
+
+
+def _run(stage: Stage, *, shown: Callable[[str], bool] = lambda line: False) -> bool:
+    return run_stage(stage, environment=os.environ, shown=shown, working_folder=stage.folder.parent)
+
+
+def _times(tmp_path: Path) -> int:
+    return len((tmp_path / "count").read_text().splitlines())
+
+
+def test_a_stage_that_is_done_is_not_run_again(count: Stage, tmp_path: Path) -> None:
+    assert _run(count)
+    assert not _run(count)
+    assert _times(tmp_path) == 1
+
+
+def test_a_stage_whose_command_changed_runs_again_in_an_empty_folder(count: Stage, tmp_path: Path) -> None:
+    _run(count)
+    (count.folder / "left over").write_text("x")
+    assert _run(replace(count, command=(*count.command, "more")))
+    assert not (count.folder / "left over").exists()
+    assert _times(tmp_path) == 2
+
+
+def test_a_stage_whose_input_file_changed_runs_again(count: Stage, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("lr: 1")
+    reading = replace(count, reads=(tmp_path / "config.yaml",))
+    _run(reading)
+    assert not _run(reading)
+    (tmp_path / "config.yaml").write_text("lr: 2")
+    assert _run(reading)
+
+
+def test_a_stage_runs_again_when_one_before_it_changed(count: Stage) -> None:
+    first = Stage(name="first", folder=count.folder.parent / "first", command=("true",))
+    _run(replace(count, after=(first,)))
+    assert not _run(replace(count, after=(first,)))
+    assert _run(replace(count, after=(replace(first, command=("echo",)),)))
+
+
+def test_a_stage_without_its_marker_runs_again(count: Stage, tmp_path: Path) -> None:
+    _run(count)
+    (count.folder / MARKER).unlink()
+    assert _run(count)
+    assert _times(tmp_path) == 2
+
+
+def test_a_failed_stage_leaves_no_marker_and_says_how_its_log_ends(tmp_path: Path) -> None:
+    command = (sys.executable, "-c", "print('so far so good'); raise SystemExit(3)")
+    stage = Stage(name="fails", folder=tmp_path / "stage", command=command)
+    with pytest.raises(RuntimeError, match=r"'fails' must end with 0, it ended with 3; (?s:.*)so far"):
+        _run(stage)
+    assert not stage.is_done
+    assert (stage.folder / LOG).read_text() == "so far so good\n"
+
+
+def test_only_the_lines_asked_for_are_said_and_all_are_logged(
+    count: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("megatron_sat.compare.stages.say", said.append)
+    _run(count, shown=lambda line: line.startswith("step"))
+    assert said[1:] == ["  step 1"]
+    assert (count.folder / LOG).read_text() == "step 1\nnoise\n"
+
+
+def test_the_marker_says_which_command_made_the_folder(count: Stage) -> None:
+    _run(count)
+    assert json.loads((count.folder / MARKER).read_text())["command"] == list(count.command)
+
+
+def test_an_interrupted_stage_ends_its_command_and_stays_undone(tmp_path: Path) -> None:
+    """Ctrl-C reaches this process alone here, as it does under a supervisor."""
+    stage = f"""
+import os, pathlib, sys
+from megatron_sat.compare.stages import Stage, run_stage
+child = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(60)"
+here = pathlib.Path({str(tmp_path)!r})
+stage = Stage(name="long", folder=here / "stage", command=(sys.executable, "-c", child))
+run_stage(stage, environment=os.environ, shown=lambda line: True, working_folder=here)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", stage], cwd=ROOT, stderr=subprocess.DEVNULL)
+    log_file = tmp_path / "stage" / LOG
+    deadline = time.monotonic() + 60
+    while not (log_file.exists() and log_file.read_text().endswith("\n")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child = int(log_file.read_text().split()[1])
+    parent.send_signal(signal.SIGINT)
+    parent.wait(30)
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    assert not (tmp_path / "stage" / MARKER).exists()
