@@ -63,7 +63,7 @@ test-all: $(READY) ## the slow tests too, and those for as many GPUs as there ar
 # all three speak, then the verdict: one broken rule does not hide another
 check: $(READY) ## ruff, mypy, shellcheck
 	@failed=0; \
-	$(VENV)/bin/ruff check --quiet . || failed=1; \
+	$(VENV)/bin/ruff check --quiet --output-format concise . || failed=1; \
 	$(VENV)/bin/mypy --no-error-summary megatron_sat \
 		$$(find *.py tools benchmarks examples scripts -name '*.py' 2>/dev/null) || failed=1; \
 	$(VENV)/bin/shellcheck .ci/run $$(find megatron_sat tools benchmarks examples scripts -name '*.sh' 2>/dev/null) || failed=1; \

@@ -1,4 +1,4 @@
-"""The set-up: the Makefile's choice of Python, the pins of the tested pairs, CI's run, what may be tracked."""
+"""The set-up: the Makefile's choice of Python, the pins of the tested pairs, CI's run, what is tracked."""
 
 import os
 import re
@@ -198,7 +198,7 @@ def test_the_license_is_the_one_that_pyproject_names() -> None:
 
 
 FOREIGN = re.compile(
-    r"(?<![\w.])/(?:work|root|home/\w+|Users/\w+|tmp/venvs)/|\.pyenv/versions"
+    r"(?<![\w.])/(?:work|root|home/\w+|Users/\w+|tmp/venvs)/|\.pyenv[/]versions"
     r"|\b(?:pypi\.\w+|files\.pythonhosted|download\.pytorch|pypi\.nvidia)\.\w+"
 )
 """A folder of one person's machine, or the host of a package index."""
