@@ -1,8 +1,8 @@
 """Cutting a weight to its kept rows or columns, with a gradient that has the weight's own shape.
 
-The slow path that every faster one is tested against: the kept part is copied out for each use, and the gradient comes
-back in the dense shape, with exact zeros for what was omitted. So parameters, gradient buffers, optimizer and
-checkpoints never meet sparsity.
+The slow path that every faster one is tested against: the kept part is copied out for each use, and the
+gradient comes back in the dense shape, with exact zeros for what was omitted. So parameters, gradient
+buffers, optimizer and checkpoints never meet sparsity.
 """
 
 from typing import Any
@@ -28,10 +28,10 @@ class _Keep(torch.autograd.Function):
 
 
 def keep_rows(weight: Tensor, index: Tensor) -> Tensor:
-    """[k, ...] from [n, ...]: the rows ``index`` ([k] int64, distinct). Gradient: [n, ...], zero elsewhere."""
+    """[k, ...] from [n, ...]: the rows ``index`` ([k] int64, distinct). Gradient [n, ...], zero elsewhere."""
     return _Keep.apply(weight, index, 0)
 
 
 def keep_columns(weight: Tensor, index: Tensor) -> Tensor:
-    """[h, k] from [h, n]: the columns ``index`` ([k] int64, distinct). Gradient: [h, n], zero elsewhere."""
+    """[h, k] from [h, n]: the columns ``index`` ([k] int64, distinct). Gradient [h, n], zero elsewhere."""
     return _Keep.apply(weight, index, 1)

@@ -1,8 +1,8 @@
 """How much a neuron matters (eq. 5): the paper's four metrics, signed as printed, and one of our own.
 
-A metric is a score of weight rows given sums over the module's tokens. They are gathered as plain sums, so that ranks
-which hold other tokens (DP, CP, SP) can be added before anything is divided or rooted. Everything here is fp32,
-whatever the weights are stored in.
+A metric is a score of weight rows given sums over the module's tokens. They are gathered as plain sums, so
+that ranks which hold other tokens (DP, CP, SP) can be added before anything is divided or rooted. Everything
+here is fp32, whatever weights and tokens are stored in, without an fp32 copy of a whole weight or all tokens.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,9 @@ from torch import Tensor
 
 Needs = Literal["nothing", "inputs", "activations"]
 
+ROWS_AT_ONCE = 4096
+"""Rows of a weight that are fp32 at a time: a whole fc1 of 7B would be 360 MB more at the peak."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
@@ -24,12 +27,15 @@ class Metric:
     sums: Callable[[Tensor], Tensor]
     """[.., w] tokens -> [w + 1] fp32: a sum over tokens a column, then the number of tokens."""
     score: Callable[[Tensor, Tensor], Tensor]
-    """(weight, sums) -> one score a neuron. The weight is [k, h] (rows of fc1/qkv), for activations [h, k] (fc2/proj)."""
+    """(weight, sums) -> [k] fp32, a score for each of the weight's k neurons.
+
+    The weight is [k, h], the rows of fc1 or qkv; for activations [h, k], the columns of fc2 or proj.
+    """
 
 
 def no_sums(tokens: Tensor) -> Tensor:
     """[.., w] -> [1]: the number of tokens alone, for metrics that look at weights only."""
-    return torch.full((1,), float(tokens[..., 0].numel()), device=tokens.device)
+    return torch.full((1,), tokens[..., 0].numel(), dtype=torch.float32, device=tokens.device)
 
 
 def token_sums(tokens: Tensor) -> Tensor:
@@ -39,9 +45,10 @@ def token_sums(tokens: Tensor) -> Tensor:
 
 
 def token_square_sums(tokens: Tensor) -> Tensor:
-    """[.., w] -> [w + 1]: the sum over all tokens of each column's squares, and how many tokens there were."""
+    """[.., w] -> [w + 1]: each column's sum of squares over all tokens, and how many tokens there were."""
     flat = tokens.reshape(-1, tokens.size(-1))
-    return torch.cat([flat.float().square().sum(0), no_sums(tokens)])
+    # a norm, not square().sum(): it reads 16-bit tokens as they are
+    return torch.cat([torch.linalg.vector_norm(flat, dim=0, dtype=torch.float32).square(), no_sums(tokens)])
 
 
 def uniform(weight: Tensor, sums: Tensor) -> Tensor:
@@ -56,18 +63,23 @@ def magnitude(weight: Tensor, sums: Tensor) -> Tensor:
 
 def wanda(weight: Tensor, sums: Tensor) -> Tensor:
     """s_v = [‖Z¹‖₂ … ‖Z^d‖₂] · v, with v's signs (the pruning paper of that name takes |v|)."""
-    return torch.mv(weight.float(), sums[:-1].sqrt())
+    return _inner(weight, sums[:-1].sqrt())
 
 
 def maxip(weight: Tensor, sums: Tensor) -> Tensor:
     """s_v = (Σ_i Z_i / m) · v."""
-    return torch.mv(weight.float(), sums[:-1] / sums[-1])
+    return _inner(weight, sums[:-1] / sums[-1])
 
 
 def contribution(weight: Tensor, sums: Tensor) -> Tensor:
-    """Ours: rms over tokens of the neuron's activation × ‖its output column‖₂, what leaving it out would change."""
+    """Ours: rms over tokens of the neuron's activation × ‖its output column‖₂: what it adds to the output."""
     rms = (sums[:-1] / sums[-1]).sqrt()
     return rms * torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
+
+
+def _inner(weight: Tensor, vector: Tensor) -> Tensor:
+    """[k] fp32: the inner product of each row of [k, h] with [h]."""
+    return torch.cat([torch.mv(rows.float(), vector) for rows in weight.split(ROWS_AT_ONCE)])
 
 
 METRICS: dict[str, Metric] = {

@@ -1,10 +1,10 @@
 """What a neuron is, and where its weights lie in Megatron's fused matrices.
 
-A neuron is what leaves together: a channel of the MLP (`Channels`), a query group or a head of the attention (`Heads`).
-Both speak of one TP rank's shard; `Kept` names the units of that shard that take part in a step. Which units are kept
-is decided in `selection`; how a weight is cut, in `gather`.
+A unit is what leaves together: a channel of the MLP (`Channels`), a query group or a head of the attention
+(`Heads`). Both speak of one TP rank's shard; `Kept` names the units of that shard that take part in a step.
+Which units are kept is decided in `selection`; how a weight is cut, in `gather`.
 
-Shapes (STYLE legend): fc1 [2 f/p, h] as gate | up (plain: [f/p, h]), fc2 [h, f/p]; qkv [g/p * (n/g + 2) * d, h], a query
+Shapes: fc1 [2 f/p, h] as gate | up (plain: [f/p, h]), fc2 [h, f/p]; qkv [g/p * (n/g + 2) * d, h], a query
 group's heads, then its key, then its value; proj [h, n/p * d].
 """
 
@@ -36,9 +36,10 @@ class Kept:
 
     def omitted(self) -> Tensor:
         """[units - k] int64, ascending: the units that sit this step out."""
-        out = torch.ones(self.units, dtype=torch.bool, device=self.index.device)
-        out[self.index] = False
-        return out.nonzero().squeeze(1)
+        takes_part = torch.zeros(self.units, dtype=torch.int8, device=self.index.device)
+        takes_part[self.index] = 1
+        # a stable sort, not nonzero(): how many there are is known, so a GPU need not be waited for
+        return takes_part.argsort(stable=True)[: self.units - self.count]
 
 
 class Neurons(Protocol):
@@ -50,15 +51,18 @@ class Neurons(Protocol):
         ...
 
     def rows(self, index: Tensor) -> Tensor:
-        """Rows of the column-parallel weight (fc1, qkv) that belong to the units ``index`` alone. int64, ascending."""
+        """Rows of the column-parallel weight (fc1, qkv) that belong to the units ``index`` alone.
+
+        index: [k] int64, ascending. Returns int64, ascending.
+        """
         ...
 
     def kept_rows(self, index: Tensor) -> Tensor:
-        """Rows that a step with only the units ``index`` needs, in stored order: `rows`, and what all units share."""
+        """Rows that a step with only the units ``index`` needs: `rows`, and what all share. Ascending."""
         ...
 
     def columns(self, index: Tensor) -> Tensor:
-        """Columns of the row-parallel weight (fc2, proj) that belong to the units ``index``. int64."""
+        """Columns of the row-parallel weight (fc2, proj) that belong to ``index``. int64, ascending."""
         ...
 
     def scores_of_rows(self, per_row: Tensor) -> Tensor:
@@ -79,7 +83,7 @@ class Channels:
     gated: bool
     """Whether fc1 is gate | up (SwiGLU) or one matrix."""
     score_source: str = "gate"
-    """Which rows of a gated fc1 score a channel: "gate" (σ sits there, eq. 4), "up", or "gate+up" (their mean)."""
+    """Rows of a gated fc1 that score a channel: gate (σ sits there, eq. 4), up, gate+up (their mean)."""
 
     def rows(self, index: Tensor) -> Tensor:
         return torch.cat([index, index + self.units]) if self.gated else index
@@ -102,7 +106,7 @@ class Channels:
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
-    """Attention heads, leaving as whole query groups (Q, K, V and O) or singly within each group (Q and O; K, V stay)."""
+    """Attention heads: they leave as whole query groups (Q, K, V, O) or singly in each group (Q, O)."""
 
     groups: int
     """g/p, query groups in the shard."""
@@ -112,6 +116,13 @@ class Heads:
     """d."""
     whole_groups: bool
     """True: a unit is a query group. False: a unit is a head, and every group keeps as many."""
+
+    def __post_init__(self) -> None:
+        if not self.whole_groups and self.heads_per_group == 1:
+            raise ValueError(
+                "--sat-gqa head needs several heads in a query group, got 1: no head could leave; "
+                "use --sat-gqa group, where a group of one head leaves with its key and value"
+            )
 
     @property
     def units(self) -> int:
@@ -136,11 +147,14 @@ class Heads:
     def columns(self, index: Tensor) -> Tensor:
         if not self.whole_groups:
             return self._spread(index)
-        heads = index[:, None] * self.heads_per_group + torch.arange(self.heads_per_group, device=index.device)
-        return self._spread(heads)
+        heads = torch.arange(self.heads_per_group, device=index.device)
+        return self._spread(index[:, None] * self.heads_per_group + heads)
 
     def scores_of_rows(self, per_row: Tensor) -> Tensor:
-        """Eq. 6 and 7: mean over a head's d rows of Q, of K, of V, then the mean of the three."""
+        """Eq. 6 and 7: mean over a head's d rows of Q, of K, of V, then the mean of the three.
+
+        A whole group's Q score is the mean over its heads; single heads of a group share its K and V scores.
+        """
         blocks = per_row.view(self.groups, self.heads_per_group + 2, self.head_dim).mean(-1)
         query, key, value = blocks[:, :-2], blocks[:, -2], blocks[:, -1]
         if self.whole_groups:
@@ -148,9 +162,11 @@ class Heads:
         return ((query + key[:, None] + value[:, None]) / 3).flatten()
 
     def scores_of_columns(self, per_column: Tensor) -> Tensor:
+        """Mean over the d columns of a head; of a whole group, over all its heads."""
         heads = per_column.view(self.groups, self.heads_per_group, self.head_dim).mean(-1)
         return heads.mean(1) if self.whole_groups else heads.flatten()
 
     def _spread(self, blocks: Tensor) -> Tensor:
         """Blocks of d rows to rows: block i is rows i d .. i d + d - 1."""
-        return (blocks.reshape(-1, 1) * self.head_dim + torch.arange(self.head_dim, device=blocks.device)).flatten()
+        within = torch.arange(self.head_dim, device=blocks.device)
+        return (blocks.reshape(-1, 1) * self.head_dim + within).flatten()

@@ -1,7 +1,8 @@
-"""From scores and a rate to the neurons that are kept (eq. 8): counts, top-k, and sampling without replacement.
+"""From scores and a rate to the neurons that are kept (eq. 8): counts, top-k, sampling without replacement.
 
-Selection is by quota: the units lie in equal groups, and every group keeps the same number. Groups never cross a TP
-rank, so each rank can choose its own part alone, and with more groups than ranks the choice is the same at any TP size.
+Selection is by quota: the units lie in equal groups, and every group keeps the same number. Groups never
+cross a TP rank, so each rank can choose its own part alone, and with as many groups the choice is the same at
+any TP size.
 """
 
 import hashlib
@@ -13,17 +14,17 @@ from torch import Tensor
 
 
 def keep_count(total: int, rate: Fraction, *, multiple: int = 1) -> int:
-    """How many of ``total`` units stay at omission ``rate``: ⌊total (1 - rate)⌋ floored to ``multiple``, at least one of it.
+    """How many of ``total`` units stay: ⌊total (1 - rate)⌋ floored to ``multiple``, at least one of it.
 
     Exact: rates are fractions, so no rung keeps one too many. At rate 0 all stay, whatever the multiple.
-    Raises ValueError when ``multiple`` exceeds ``total`` or the rate is outside [0, 1).
+    Raises ValueError where the rate is outside [0, 1), or one ``multiple`` is more than ``total``.
     """
     if not 0 <= rate < 1:
         raise ValueError(f"omission rate must be in [0, 1), got {rate}; 0 is dense")
     if not 1 <= multiple <= total:
         raise ValueError(
-            f"the multiple of kept units ({multiple}) must be between 1 and the units of a selection group ({total}); "
-            "lower --sat-channel-multiple or --sat-selection-groups"
+            f"the multiple of kept units must be between 1 and the units of a selection group ({total}), "
+            f"got {multiple}; lower --sat-channel-multiple or --sat-selection-groups"
         )
     if rate == 0:
         return total
@@ -31,26 +32,27 @@ def keep_count(total: int, rate: Fraction, *, multiple: int = 1) -> int:
 
 
 def gumbel_noise(total: int, *, seed: int, step: int, layer: int, kind: str) -> Tensor:
-    """[total] fp32 standard Gumbel variates, a function of the arguments alone: the same on every rank and device.
+    """[total] fp32 standard Gumbel variates, a function of the arguments alone: alike on all ranks, devices.
 
-    Drawn on the CPU for the whole layer; a rank takes its slice, so the noise of a neuron does not depend on TP.
+    Drawn on the CPU for the whole layer; a rank takes its slice, so a neuron's noise does not depend on TP.
     """
-    key = hashlib.blake2b(f"{seed}/{step}/{layer}/{kind}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+    # torch's CPU generator reads 32 bits of a seed and drops the others
+    key = hashlib.blake2b(f"{seed}/{step}/{layer}/{kind}".encode(), digest_size=4).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
     uniform = torch.rand(total, generator=generator, dtype=torch.float64)
-    tiny = torch.finfo(torch.float64).tiny
-    return -torch.log(-torch.log(uniform.clamp_min(tiny))).float()
+    uniform.clamp_(min=torch.finfo(torch.float64).tiny)  # log(0), once in 2^53
+    return -torch.log(-torch.log(uniform)).float()
 
 
 def select(scores: Tensor, *, groups: int, keep: int, noise: Tensor | None, temperature: float) -> Tensor:
     """The ``keep`` best of each of ``groups`` equal runs of ``scores``.
 
-    scores: [units] fp32. noise: [units] for sampling: the top-k of scores / temperature + Gumbel noise is a sample without
-    replacement from softmax(scores / temperature) (eq. 8); None for plain top-k, where the temperature plays no part.
-    Returns [groups * keep] int64, ascending. Equal scores go to the lower index.
+    scores: [units] fp32. noise: [units] for sampling: the top-k of scores / temperature + Gumbel noise is a
+    sample without replacement from softmax(scores / temperature) (eq. 8); None for plain top-k, where the
+    temperature plays no part. Returns [groups * keep] int64, ascending. Equal scores go to the lower index.
     """
     keys = scores if noise is None else scores / temperature + noise
     keys = keys.view(groups, -1)
-    size = keys.size(1)
     best = torch.sort(keys, dim=1, descending=True, stable=True).indices[:, :keep].sort(dim=1).values
-    return (best + torch.arange(groups, device=keys.device)[:, None] * size).flatten()
+    first = torch.arange(groups, device=keys.device)[:, None] * keys.size(1)
+    return (best + first).flatten()

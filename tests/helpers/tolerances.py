@@ -1,0 +1,23 @@
+"""Every tolerance of the tests, once, with its reason. Nothing here is widened to make a test pass."""
+
+from typing import TypedDict
+
+
+class Tolerance(TypedDict):
+    """What ``torch.testing.assert_close`` takes."""
+
+    rtol: float
+    atol: float
+
+
+EXACT: Tolerance = {"rtol": 0.0, "atol": 0.0}
+"""The same operations in the same order, or copies: bit for bit."""
+
+FP32_SUMS: Tolerance = {"rtol": 1e-5, "atol": 1e-6}
+"""fp32 reductions of up to some hundred terms of size 1 against float64 loops: some hundred times 6e-8."""
+
+STANDARD_DEVIATIONS = 4.5
+"""A frequency may be this far from its probability: false alarm below 1 in 100,000 for each one looked at."""
+
+P_VALUE = 1e-5
+"""A chi-square test of frequencies rejects below this: false alarm 1 in 100,000."""
