@@ -1,0 +1,192 @@
+"""Faults of the libraries under us: each in one place, with the versions that have it and when our repair may
+go.
+
+`FAULTS` is the whole list. A repair replaces one function of the library by one that calls it (`__wrapped__`
+is the library's own), and only where the installed version has the fault and nothing installed avoids it.
+What cannot be repaired from outside stands in the list too, with the way around it. Call `apply_all` before
+training; entry points do. """
+
+import functools
+import importlib.util
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from megatron.core.datasets import utils as dataset_utils
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer import optimizer as plain_optimizer
+from packaging.specifiers import SpecifierSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One fault of a library."""
+
+    name: str
+    """Short and unique."""
+    library: str
+    """Distribution that has it."""
+    versions: str
+    """Versions of it that have the fault, as a requirement specifier."""
+    what: str
+    """What goes wrong."""
+    until: str
+    """When the repair may go; for a fault without one, the way around it."""
+    only_if: Callable[[], bool] = lambda: True
+    """Whether what is installed beside it leaves the fault in force."""
+    repair: Callable[[], None] | None = None
+    """Replaces the faulty function; None where nothing can be done from outside."""
+
+    def present(self) -> bool:
+        """Whether this installation has the fault."""
+        return (
+            SpecifierSet(self.versions).contains(version(self.library), prereleases=True) and self.only_if()
+        )
+
+
+_applied: set[str] = set()
+
+
+def apply_all() -> list[str]:
+    """Repair what is present and not yet repaired. Returns the names of what this call repaired."""
+    repaired = []
+    for fault in FAULTS:
+        if fault.repair is not None and fault.name not in _applied and fault.present():
+            fault.repair()
+            _applied.add(fault.name)
+            repaired.append(fault.name)
+    return repaired
+
+
+def explain() -> list[str]:
+    """One line a fault of the whole list, present here or not, for the docs."""
+    return [f"{f.name} ({f.library} {f.versions}): {f.what}; {f.until}" for f in FAULTS]
+
+
+def _torch_adam() -> bool:
+    return not distrib_optimizer.HAVE_APEX_OR_TE
+
+
+def _fresh_distributed_state() -> None:
+    true = distrib_optimizer.DistributedOptimizer.state_dict
+
+    @functools.wraps(true)
+    def state_dict(self: Any) -> dict[str, Any]:
+        if not self.optimizer.state:
+            for group in self.optimizer.param_groups:
+                for main in group["params"]:  # what AdamW's first step would make
+                    moments = {
+                        "exp_avg": torch.zeros_like(main.data),
+                        "exp_avg_sq": torch.zeros_like(main.data),
+                    }
+                    self.optimizer.state[main] = {"step": torch.tensor(0.0), **moments}
+        return true(self)
+
+    distrib_optimizer.DistributedOptimizer.state_dict = state_dict
+
+
+def _loaded_distributed_state() -> None:
+    true = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(true)
+    @torch.no_grad()
+    def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        state["step"] = state["step"].clone()
+        true(self, model_param, {**tensors, "step": state["step"]})
+
+    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def _results_queue() -> None:
+    # the queue that a manager process would serve; synchronous saving puts and gets in the same process
+    filesystem_async._results_queue = queue.Queue()
+
+
+def _group_identifiers() -> None:
+    known = plain_optimizer.param_group_identifier_keys
+    wider = (*known, *(key for key in ("max_lr", "min_lr") if key not in known))
+    plain_optimizer.param_group_identifier_keys = wider
+    distrib_optimizer.param_group_identifier_keys = wider
+
+
+def _no_makefile() -> bool:
+    return importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
+
+
+def _compiled_helpers() -> None:
+    true = dataset_utils.compile_helpers
+
+    @functools.wraps(true)
+    def compile_helpers() -> None:
+        """The wheel's helpers are compiled already."""
+
+    dataset_utils.compile_helpers = compile_helpers
+
+
+FAULTS: tuple[Fault, ...] = (
+    Fault(
+        name="fresh distributed state",
+        library="megatron-core",
+        versions=">=0.16.1,<0.20",
+        what="DistributedOptimizer.state_dict asserts (len(steps) == 1) before the first step with torch's AdamW, so "
+        "that neither an untrained model can be saved nor any checkpoint be loaded into a new process",
+        until="may go when a fresh DistributedOptimizer over torch's AdamW gives its state_dict",
+        only_if=_torch_adam,
+        repair=_fresh_distributed_state,
+    ),
+    Fault(
+        name="loaded distributed state",
+        library="megatron-core",
+        versions=">=0.16.1,<0.20",
+        what="loading a DistributedOptimizer over torch's AdamW raises KeyError 'step', writes in place on leaves that "
+        "require a gradient, and leaves one step tensor shared by all parameters: it would count n times an "
+        "update and "
+        "break the bias correction silently",
+        until="may go when a resumed DistributedOptimizer over torch's AdamW equals an uninterrupted one",
+        only_if=_torch_adam,
+        repair=_loaded_distributed_state,
+    ),
+    Fault(
+        name="checkpoint writer's manager process",
+        library="megatron-core",
+        versions=">=0.16.1,<0.20",
+        what="even a synchronous save spawns a manager process a rank (5 to 10 s) that imports the main script anew, "
+        "runs it where it has no __main__ guard, and outlives os._exit",
+        until="may go when a synchronous save starts no process; do not combine with megatron.core's own async save",
+        repair=_results_queue,
+    ),
+    Fault(
+        name="parameter groups told apart without their rates",
+        library="megatron-core",
+        versions=">=0.16.1,<0.17",
+        what="loading pairs parameter groups by weight decay alone: with --decoupled-lr the embedding's group takes the "
+        "learning rate of the body, or the other way round",
+        until="may go with 0.16: 0.19 pairs by max_lr and min_lr too",
+        repair=_group_identifiers,
+    ),
+    Fault(
+        name="compile_helpers exits",
+        library="megatron-core",
+        versions=">=0.16.1,<0.20",
+        what="datasets.utils.compile_helpers calls make in a wheel that ships the compiled helper and no Makefile, and "
+        "exits the process",
+        until="may go when compile_helpers returns from a wheel",
+        only_if=_no_makefile,
+        repair=_compiled_helpers,
+    ),
+    Fault(
+        name="fused cross entropy rounds its gradient",
+        library="megatron-core",
+        versions=">=0.16.1,<0.20",
+        what="cross_entropy_loss_fusion with the native implementation rounds the gradient of the logits to bf16 "
+        "whatever their type: 4e-3 off in fp32",
+        until="leave --cross-entropy-loss-fusion out unless the model is bf16",
+    ),
+)
+"""Every fault that we know of and meet."""
