@@ -4,7 +4,7 @@ go.
 `FAULTS` is the whole list. A repair replaces one function of the library by one that calls it (`__wrapped__`
 is the library's own), and only where the installed version has the fault and nothing installed avoids it.
 What cannot be repaired from outside stands in the list too, with the way around it. Call `apply_all` before
-training; entry points do. """
+training; entry points do."""
 
 import functools
 import importlib.util
@@ -134,8 +134,9 @@ FAULTS: tuple[Fault, ...] = (
         name="fresh distributed state",
         library="megatron-core",
         versions=">=0.16.1,<0.20",
-        what="DistributedOptimizer.state_dict asserts (len(steps) == 1) before the first step with torch's AdamW, so "
-        "that neither an untrained model can be saved nor any checkpoint be loaded into a new process",
+        what="DistributedOptimizer.state_dict asserts (len(steps) == 1) before the first step with torch's "
+        "AdamW, so that neither an untrained model can be saved nor any checkpoint be loaded into a new "
+        "process",
         until="may go when a fresh DistributedOptimizer over torch's AdamW gives its state_dict",
         only_if=_torch_adam,
         repair=_fresh_distributed_state,
@@ -144,10 +145,9 @@ FAULTS: tuple[Fault, ...] = (
         name="loaded distributed state",
         library="megatron-core",
         versions=">=0.16.1,<0.20",
-        what="loading a DistributedOptimizer over torch's AdamW raises KeyError 'step', writes in place on leaves that "
-        "require a gradient, and leaves one step tensor shared by all parameters: it would count n times an "
-        "update and "
-        "break the bias correction silently",
+        what="loading a DistributedOptimizer over torch's AdamW raises KeyError 'step', writes in place on "
+        "leaves that require a gradient, and leaves one step tensor shared by all parameters: it would count "
+        "n times an update and break the bias correction silently",
         until="may go when a resumed DistributedOptimizer over torch's AdamW equals an uninterrupted one",
         only_if=_torch_adam,
         repair=_loaded_distributed_state,
@@ -156,17 +156,18 @@ FAULTS: tuple[Fault, ...] = (
         name="checkpoint writer's manager process",
         library="megatron-core",
         versions=">=0.16.1,<0.20",
-        what="even a synchronous save spawns a manager process a rank (5 to 10 s) that imports the main script anew, "
-        "runs it where it has no __main__ guard, and outlives os._exit",
-        until="may go when a synchronous save starts no process; do not combine with megatron.core's own async save",
+        what="even a synchronous save spawns a manager process a rank (2 s and more) that imports the main "
+        "script anew, runs it where it has no __main__ guard, and outlives os._exit",
+        until="may go when a synchronous save starts no process; do not combine with megatron.core's own "
+        "async save",
         repair=_results_queue,
     ),
     Fault(
         name="parameter groups told apart without their rates",
         library="megatron-core",
         versions=">=0.16.1,<0.17",
-        what="loading pairs parameter groups by weight decay alone: with --decoupled-lr the embedding's group takes the "
-        "learning rate of the body, or the other way round",
+        what="loading pairs parameter groups by weight decay alone: with --decoupled-lr the embedding's "
+        "group takes the learning rate of the body, or the other way round",
         until="may go with 0.16: 0.19 pairs by max_lr and min_lr too",
         repair=_group_identifiers,
     ),
@@ -174,8 +175,8 @@ FAULTS: tuple[Fault, ...] = (
         name="compile_helpers exits",
         library="megatron-core",
         versions=">=0.16.1,<0.20",
-        what="datasets.utils.compile_helpers calls make in a wheel that ships the compiled helper and no Makefile, and "
-        "exits the process",
+        what="datasets.utils.compile_helpers calls make in a wheel that ships the compiled helper and no "
+        "Makefile, and exits the process",
         until="may go when compile_helpers returns from a wheel",
         only_if=_no_makefile,
         repair=_compiled_helpers,
@@ -184,8 +185,8 @@ FAULTS: tuple[Fault, ...] = (
         name="fused cross entropy rounds its gradient",
         library="megatron-core",
         versions=">=0.16.1,<0.20",
-        what="cross_entropy_loss_fusion with the native implementation rounds the gradient of the logits to bf16 "
-        "whatever their type: 4e-3 off in fp32",
+        what="cross_entropy_loss_fusion with the native implementation rounds the gradient of the logits to "
+        "bf16 whatever their type: 4e-3 off in fp32",
         until="leave --cross-entropy-loss-fusion out unless the model is bf16",
     ),
 )

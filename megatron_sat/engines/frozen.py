@@ -45,21 +45,21 @@ def hold_entries(optimizer: MegatronOptimizer, *, entries: Callable[[], Iterable
 def _refuse_unknown(wrapper: MegatronOptimizer) -> None:
     if not isinstance(wrapper, FP32Optimizer | Float16OptimizerWithFloat16Params | DistributedOptimizer):
         raise ValueError(
-            "held entries need --optimizer adam or sgd in one of megatron.core's three wrappers, "
-            f"got {type(wrapper).__name__}; pass --sat-omitted-neurons optimizer"
+            "held entries need --optimizer adam or sgd in one of megatron.core's three wrappers, got "
+            f"{type(wrapper).__name__}; pass --sat-omitted-neurons optimizer"
         )
     if isinstance(wrapper.optimizer, HybridDeviceOptimizer):
         raise ValueError(
-            "held entries need the optimizer state on one device, got --optimizer-cpu-offload; "
-            "leave it out or pass --sat-omitted-neurons optimizer"
+            "held entries need the optimizer state on one device, got --optimizer-cpu-offload; leave it out "
+            "or pass --sat-omitted-neurons optimizer"
         )
     for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
         dtype = getattr(wrapper.config, name)
         if dtype.itemsize == 1:
             raise ValueError(
                 f"held entries need optimizer state without a shared scale, got --{name.replace('_', '-')} "
-                f"{dtype}: "
-                "its scale changes with every step; use bf16 or fp32, or pass --sat-omitted-neurons optimizer"
+                f"{dtype}: its scale changes with every step; use bf16 or fp32, or pass "
+                "--sat-omitted-neurons optimizer"
             )
 
 

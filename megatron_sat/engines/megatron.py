@@ -291,14 +291,13 @@ def _check_agreement(
     for name, other, owner in pairs:
         if getattr(optimizer_config, name) != getattr(other, name):
             raise ValueError(
-                f"{name} of the optimizer must be that of {owner} ({getattr(other, name)}), "
-                f"got {getattr(optimizer_config, name)}; build it with make_optimizer_config"
+                f"{name} of the optimizer must be that of {owner} ({getattr(other, name)}), got "
+                f"{getattr(optimizer_config, name)}; build it with make_optimizer_config"
             )
     if model.calculate_per_token_loss and ddp_config.average_in_collective:
         raise ValueError(
             "average_in_collective must be off with calculate_per_token_loss, whose divisor is the number of "
-            "tokens, "
-            "got on; leave --ddp-average-in-collective out"
+            "tokens, got on; leave --ddp-average-in-collective out"
         )
     if ddp_config.overlap_param_gather and not ddp_config.use_distributed_optimizer:
         raise ValueError(
@@ -316,6 +315,6 @@ def _check_pipeline(model: TransformerConfig, *, num_chunks: int) -> None:
     one batch."""
     if num_chunks > 1 and model.pipeline_model_parallel_size == 2 and not model.overlap_p2p_comm:
         raise ValueError(
-            "overlap_p2p_comm must be on for an interleaved pipeline of 2 stages, got off; "
-            "leave --no-overlap-p2p-communication out"
+            "overlap_p2p_comm must be on for an interleaved pipeline of 2 stages, got off; leave "
+            "--no-overlap-p2p-communication out"
         )

@@ -110,8 +110,7 @@ class LearningRateConfig:
             if self.lr_warmup_iters:
                 raise ValueError(
                     f"--lr-warmup-fraction ({self.lr_warmup_fraction}) and --lr-warmup-iters "
-                    f"({self.lr_warmup_iters}) "
-                    "exclude each other; leave one out"
+                    f"({self.lr_warmup_iters}) exclude each other; leave one out"
                 )
             if not 0.0 <= self.lr_warmup_fraction < 1.0:
                 raise ValueError(f"--lr-warmup-fraction must be in [0, 1), got {self.lr_warmup_fraction}")
@@ -126,8 +125,7 @@ class LearningRateConfig:
         elif self.lr_wsd_decay_iters is None or not 1 <= self.lr_wsd_decay_iters <= self.decay_iters:
             raise ValueError(
                 f"--lr-wsd-decay-iters must be in [1, --lr-decay-iters = {self.decay_iters}] with "
-                "--lr-decay-style WSD, "
-                f"got {self.lr_wsd_decay_iters}"
+                f"--lr-decay-style WSD, got {self.lr_wsd_decay_iters}"
             )
 
     def _check_weight_decay(self) -> None:
@@ -140,8 +138,7 @@ class LearningRateConfig:
         if self.weight_decay_incr_style == "constant" and start != end:
             raise ValueError(
                 "--weight-decay-incr-style constant needs equal --start-weight-decay and "
-                f"--end-weight-decay, got {start} "
-                f"and {end}; try --weight-decay-incr-style linear"
+                f"--end-weight-decay, got {start} and {end}; try --weight-decay-incr-style linear"
             )
 
     @property
@@ -269,8 +266,7 @@ def match_groups(saved: Groups, *, current: Groups) -> list[tuple[dict[str, Any]
     if missing:
         raise ValueError(
             "the checkpoint's optimizer must have a parameter group for each (weight-decay factor, "
-            "learning-rate factor, "
-            f"expert, default rate) of this run, it has none for {missing[0]}; set --decoupled-lr and "
-            "--apply-wd-to-qk-layernorm as they were, or pass --no-load-optim"
+            f"learning-rate factor, expert, default rate) of this run, it has none for {missing[0]}; set "
+            "--decoupled-lr and --apply-wd-to-qk-layernorm as they were, or pass --no-load-optim"
         )
     return [(by_purpose[purpose(group)], group) for group in current]

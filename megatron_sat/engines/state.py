@@ -67,20 +67,19 @@ def complaint(
     nothing."""
     if "optimizer" not in saved or "opt_param_scheduler" not in saved:
         return (
-            "the checkpoint has no optimizer state; pass --no-load-optim, "
-            "or --finetune for a new run from its weights"
+            "the checkpoint has no optimizer state; pass --no-load-optim, or --finetune for a new run from "
+            "its weights"
         )
     if (theirs := _kind_saved(saved["optimizer"])) != (ours := _kind(optimizer)):
         return (
             f"the optimizer state must be of this run's kind ({ours}), the checkpoint's is {theirs}; set "
-            "precision and "
-            "--use-distributed-optimizer as they were, or pass --no-load-optim"
+            "precision and --use-distributed-optimizer as they were, or pass --no-load-optim"
         )
     if learning_rate.override_opt_param_scheduler or learning_rate.use_checkpoint_opt_param_scheduler:
         return None
     way_out = (
-        "pass --override-opt-param-scheduler for the new schedule, "
-        "--use-checkpoint-opt-param-scheduler for the old"
+        "pass --override-opt-param-scheduler for the new schedule, --use-checkpoint-opt-param-scheduler for "
+        "the old"
     )
     for name, value in scheduler.state_dict().items():
         if name != "num_steps" and saved["opt_param_scheduler"].get(name, value) != value:
