@@ -1,13 +1,14 @@
 """The step as all sparse modules see it: one rate, one moment of choosing, one record of what was kept.
 
-The controller finds the modules that carry a `Selector`, takes them through `step`, and answers for logs, plots, frozen
-neurons and checkpoints. It computes nothing itself.
+The controller takes the modules that carry a `Selector` through each `step`, and answers for logs, plots and
+frozen neurons. It computes nothing itself.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -40,14 +41,15 @@ class SparseModule(Protocol):
 
 def sparse_modules(chunks: Iterable[Module]) -> list[SparseModule]:
     """The modules with a selector in the model chunks of this rank, in the model's order."""
-    return [module for chunk in chunks for module in chunk.modules() if getattr(module, "selector", None) is not None]  # type: ignore[misc]
+    found: list[Any] = [module for chunk in chunks for module in chunk.modules()]
+    return [module for module in found if isinstance(getattr(module, "selector", None), Selector)]
 
 
 class Controller:
     """Takes all sparse modules of this rank through the steps of a schedule."""
 
     def __init__(self, modules: Iterable[SparseModule], *, schedule: Schedule, interval: int) -> None:
-        """interval: steps that a choice is kept."""
+        """interval: steps that a choice is kept, at least 1."""
         self.schedule, self.interval = schedule, interval
         self._modules = [(module, module.selector) for module in modules if module.selector is not None]
 
@@ -57,17 +59,19 @@ class Controller:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Step ``step`` (from 1): inside, forwards are sparse at the schedule's rate; outside they are dense."""
+        """Step ``step`` (from 1): inside, forwards are sparse at the schedule's rate; outside, dense.
+
+        A step whose body raises counts no visits, and leaves the modules dense too.
+        """
         following = min(step + 1, self.schedule.last_step)
-        for selector in self.selectors:
-            selector.begin_step(
-                rate=self.schedule.rate(step),
-                draw=self._draw(step),
-                next_rate=self.schedule.rate(following),
-                next_draw=self._draw(following),
-            )
+        rate, next_rate = self.schedule.rate(step), self.schedule.rate(following)
+        draw, next_draw = self._draw(step), self._draw(following)
         try:
+            for selector in self.selectors:
+                selector.begin_step(rate=rate, draw=draw, next_rate=next_rate, next_draw=next_draw)
             yield
+            for selector in self.selectors:
+                selector.count_visits()
         finally:
             for selector in self.selectors:
                 selector.end_step()
@@ -77,15 +81,19 @@ class Controller:
         return step - (step - 1) % self.interval
 
     def omission_rates(self, step: int) -> dict[str, float]:
-        """By kind of module ("attention", "mlp"), the share that is really left out at ``step``, floors included."""
-        rates: dict[str, float] = {}
+        """By kind of module ("attention", "mlp"), the share of this rank's units that ``step`` leaves out.
+
+        That is after quotas and floors; a kind without sparse modules has no entry.
+        """
+        rate = self.schedule.rate(step)
+        kept, units = defaultdict[str, int](int), defaultdict[str, int](int)
         for selector in self.selectors:
-            kept = Fraction(selector.count(self.schedule.rate(step)), selector.neurons.units)
-            rates[selector.place.kind] = float(1 - kept)
-        return rates
+            kept[selector.place.kind] += selector.count(rate)
+            units[selector.place.kind] += selector.neurons.units
+        return {kind: float(1 - Fraction(kept[kind], units[kind])) for kind in units}
 
     def kept(self) -> dict[str, Kept | None]:
-        """By "kind.layer", what is kept in the step under way; None: everything."""
+        """By "kind.layer", what is kept in the step under way; None: everything, or not chosen yet."""
         return {f"{s.place.kind}.{s.place.layer}": s.choice for s in self.selectors}
 
     def omitted_entries(self) -> Iterator[Entry]:
@@ -95,5 +103,5 @@ class Controller:
                 yield from module.entries(selector.choice.omitted())
 
     def visits(self) -> dict[str, Tensor]:
-        """By "kind.layer", how many steps each unit of this shard was kept. int32 [units]."""
+        """By "kind.layer", in how many steps each unit of this shard was kept. int32 [units]."""
         return {f"{s.place.kind}.{s.place.layer}": s.visits for s in self.selectors}

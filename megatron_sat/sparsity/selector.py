@@ -1,8 +1,9 @@
 """One selector a sparse module: it measures tokens, scores, chooses, and holds the choice for the step.
 
-A step's first forward chooses (``fresh``), or the step before left the sums behind and the choice is made before any
-forward (``lagged``). Later micro-batches, pipeline chunks and recomputation reuse it. Outside a step the module is dense.
-What needs other ranks is handed in as a function; this room knows no process group.
+A step's first forward chooses (``fresh``), or the step before left the sums behind and the choice is made
+before any forward (``lagged``; without sums, as ``fresh``). Later micro-batches and recomputation reuse it.
+Outside a step the module is dense. What needs other ranks is handed in as a function; this room knows no
+process group.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from torch import Tensor
 from megatron_sat.sparsity.importance import METRICS, Needs
 from megatron_sat.sparsity.neurons import Kept, Neurons
 from megatron_sat.sparsity.selection import gumbel_noise, keep_count, select
+
+Key = tuple[int, int]
+"""What a choice was made for: the step its noise is drawn from, and how many units of the shard stay."""
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -69,12 +73,14 @@ class SelectionConfig:
         _at_least_one("--sat-selection-interval", self.selection_interval)
         _at_least_one("--sat-channel-multiple", self.channel_multiple)
         if not self.temperature > 0:
-            raise ValueError(f"--sat-temperature must be above 0, got {self.temperature}; the paper uses 0.05")
+            raise ValueError(
+                f"--sat-temperature must be above 0, got {self.temperature}; the paper uses 0.05"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Which neurons a selector is in charge of: a layer's module, this rank's part of it, and the quotas inside."""
+    """Which neurons a selector is in charge of: a layer's module, this rank's part of it, its quotas."""
 
     kind: Literal["attention", "mlp"]
     layer: int
@@ -111,140 +117,166 @@ class Selector:
         weights: Weights,
         add_ranks: Callable[[Tensor, Needs], Tensor],
     ) -> None:
-        """add_ranks adds sums over the ranks that hold other tokens of this step; it may work in place."""
+        """add_ranks adds sums over the ranks that hold other tokens of this step; it may work in place.
+
+        Raises ValueError where a selection group has fewer units than one multiple.
+        """
+        assert neurons.units % place.groups == 0, f"{place.groups} groups of {neurons.units} units"
         self.neurons, self.place, self.config = neurons, place, config
         self._metric = METRICS[config.importance]
         self._weights, self._add_ranks = weights, add_ranks
-        self._active = False
-        self._rate = Fraction(0)
-        self._draw = 0
+        self._wanted: Key | None = None
         self._choice: Kept | None = None
-        self._choice_key: tuple[int, int] | None = None
+        self._choice_key: Key | None = None
         self._measures = False
         self._sums: Tensor | None = None
+        self.count(Fraction(0))  # refuses what could not be kept at any rate, before the first step
         self.visits = torch.zeros(neurons.units, dtype=torch.int32)
         self.visited_steps = 0
 
     # -- the step, driven by the controller
 
     def begin_step(self, *, rate: Fraction, draw: int, next_rate: Fraction, next_draw: int) -> None:
-        """Enter a step at omission ``rate`` with the noise of step ``draw`` (the first of its selection interval).
+        """Enter a step at omission ``rate`` with the noise of step ``draw``, the first of its interval.
 
         The next step's pair says whether this one must leave sums behind (``lagged``).
         """
-        self._active, self._rate, self._draw = True, rate, draw
-        following = self._key(next_rate, next_draw)
-        self._measures = self.config.statistics == "lagged" and following not in (None, self._key(rate, draw))
-        if self._must_choose and self._sums is not None and self.config.statistics == "lagged":
-            self._choose(self._sums)
+        self._wanted = self._key(rate, draw)
+        lagged = self.config.statistics == "lagged" and self._metric.needs != "nothing"
+        self._measures = lagged and self._key(next_rate, next_draw) not in (None, self._wanted)
+        sums, self._sums = self._sums, None  # they are the last step's: older ones are never used
+        if self._must_choose and sums is not None:
+            self._choose(sums)
+
+    def count_visits(self) -> None:
+        """Note in ``visits`` what the step under way kept."""
+        self.visits = self.visits.to(self._weights.column().device)
+        if self.choice is not None:
+            self.visits[self.choice.index] += 1
+        elif self.keeps_all:
+            self.visits += 1
+        self.visited_steps += 1
 
     def end_step(self) -> None:
-        """Count the visits and leave the step: dense from here on."""
-        if self.visits.device != self._weights.column().device:
-            self.visits = self.visits.to(self._weights.column().device)
-        if self.keeps_all:
-            self.visits += 1
-        elif self._choice is not None:
-            self.visits[self._choice.index] += 1
-        self.visited_steps += 1
-        self._active, self._measures = False, False
+        """Leave the step: dense from here on."""
+        self._wanted, self._measures = None, False
 
     @torch.no_grad()
     def kept(self, tokens: Tensor, activations: Callable[[], Tensor]) -> Kept | None:
         """What the module keeps in this step, chosen now if it is not yet; None: everything.
 
         tokens: [.., h], the module's input as this rank has it (a shard of the sequence under SP and CP).
-        activations: gives [.., k], the input of the row-parallel weight in a dense forward of these tokens; called only by
-        metrics that need it.
+        activations: gives [.., k], the input of the row-parallel weight in a dense forward of these tokens;
+        called only by metrics that need it.
         """
-        if not self._active or not (self._measures or self._must_choose):
-            return self.choice
-        sums = self._gather(tokens, activations)
-        if self._must_choose:
-            self._choose(sums)
-        if self._measures:
-            self._sums, self._measures = sums, False
+        if self._must_choose or self._measures:
+            sums = self._gather(tokens, activations)
+            if self._must_choose:
+                self._choose(sums)
+            if self._measures:
+                self._sums, self._measures = sums, False
         return self.choice
 
     # -- what is true in this step
 
     @property
     def keeps_all(self) -> bool:
-        """Whether the step's count is the whole shard."""
-        return self._key(self._rate, self._draw) is None
+        """Whether everything stays: outside a step, and where the step's count is the whole shard."""
+        return self._wanted is None
 
     @property
     def choice(self) -> Kept | None:
-        """The choice in force; None outside a step, in a dense step, and before the step's first forward."""
-        return self._choice if self._active and not self.keeps_all else None
-
-    @property
-    def keep_rate(self) -> Fraction:
-        """The share of units that the step's rate really leaves, after quotas and floors."""
-        return Fraction(self.count(self._rate), self.neurons.units)
+        """The choice in force; None where everything stays, and before the forward that chooses."""
+        return None if self.keeps_all or self._must_choose else self._choice
 
     def count(self, rate: Fraction) -> int:
-        """Units of this shard that stay at ``rate``."""
+        """Units of this shard that stay at ``rate``, after quotas and floors. Raises as `keep_count` does."""
         size = self.neurons.units // self.place.groups
         return self.place.groups * keep_count(size, rate, multiple=self.place.multiple)
 
     @property
     def output_scale(self) -> float:
-        """What a sparse module's output is multiplied by: 1, or 1 / (share kept) with ``inverse-keep``."""
-        return float(1 / self.keep_rate) if self.config.rescale == "inverse-keep" and self._active else 1.0
+        """What the module's output is multiplied by: 1, or 1 / (share kept) with ``inverse-keep``."""
+        if self.config.rescale == "none" or self.choice is None:
+            return 1.0
+        return float(1 / self.choice.keep_rate)
 
-    # -- state for a checkpoint: tensors of this shard; `sharded` ones run along the units
+    # -- state for a checkpoint: tensors of this shard; `sharded_state` names those that run along the units
 
     def state(self) -> dict[str, Tensor]:
-        """Choice, sums and visits, always the same names and shapes, so that a checkpoint can be read back into them."""
+        """Copies of choice, visits and last sums, on the CPU.
+
+        Names and shapes follow from the settings alone, so a checkpoint can be read back into them. The sums
+        carry their metric's name, for another metric could not read them.
+        """
         mask = torch.zeros(self.neurons.units, dtype=torch.uint8)
         if self._choice is not None:
             mask[self._choice.index.cpu()] = 1
         draw, count = self._choice_key or (0, 0)
-        sums = self._sums.cpu() if self._sums is not None else torch.zeros(self._sums_width + 1)
-        return {
+        state = {
             "kept": mask,
-            "visits": self.visits.cpu(),
-            "chosen": torch.tensor([draw, count * self.place.num_shards, self.place.groups * self.place.num_shards]),
+            "visits": self.visits.to("cpu", copy=True),
+            "chosen": torch.tensor([draw, count * self.place.num_shards, self._all_groups]),
             "visited_steps": torch.tensor([self.visited_steps]),
-            "sums": sums[:-1],
-            "tokens": sums[-1:],
         }
+        if self._metric.needs == "nothing":
+            return state
+        sums = torch.zeros(self._sums_width + 1) if self._sums is None else self._sums.to("cpu", copy=True)
+        return state | {self._sums_name: sums[:-1], "tokens": sums[-1:]}
 
     @property
     def sharded_state(self) -> frozenset[str]:
-        """Names in `state` that run along the neurons and so are a part of the layer's; the others are whole."""
+        """Names in `state` that run along the neurons, parts of the layer's whole; the others are whole."""
         along = {"kept", "visits"}
-        return frozenset(along | {"sums"} if self._metric.needs == "activations" else along)
+        return frozenset(along | {self._sums_name} if self._metric.needs == "activations" else along)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` gave, possibly cut for another TP size. A choice made under other quotas is dropped."""
-        device = self._weights.column().device
-        draw, count, groups = (int(x) for x in state["chosen"])
+        """Take over what `state` gave, maybe cut for another TP size.
+
+        Dropped are a choice made under other quotas and the sums of another metric. Raises ValueError where
+        the state speaks of another number of units.
+        """
+        device, units = self._weights.column().device, self.neurons.units
+        saved = state["kept"].numel()
+        if saved != units:
+            raise ValueError(
+                f"the saved choice of {self.place.kind} {self.place.layer} must be of {units} units a shard, "
+                f"as in this model, got {saved}; resume with the model and --sat-gqa of the saved run"
+            )
+        draw, count, groups = state["chosen"].tolist()
         self._choice, self._choice_key = None, None
-        if draw and groups == self.place.groups * self.place.num_shards:
-            index = state["kept"].nonzero().squeeze(1).to(device)
-            self._choice = Kept(index=index, units=self.neurons.units)
+        if draw and groups == self._all_groups:
+            self._choice = Kept(index=state["kept"].nonzero().squeeze(1).to(device), units=units)
             self._choice_key = (draw, count // self.place.num_shards)
-        self.visits, self.visited_steps = state["visits"].to(device), int(state["visited_steps"])
-        sums = torch.cat([state["sums"], state["tokens"]]).to(device)
-        self._sums = sums if float(state["tokens"]) > 0 else None
+        self.visits = state["visits"].to(device, copy=True)
+        self.visited_steps = int(state["visited_steps"])
+        self._sums = None
+        if self._sums_name in state and state["tokens"].item() > 0:
+            self._sums = torch.cat([state[self._sums_name], state["tokens"]]).to(device)
 
     # -- inside
 
-    def _key(self, rate: Fraction, draw: int) -> tuple[int, int] | None:
-        """What identifies a choice: the noise's step and the count. None where everything stays."""
+    def _key(self, rate: Fraction, draw: int) -> Key | None:
+        """None where everything stays."""
         count = self.count(rate)
         return None if count == self.neurons.units else (draw, count)
 
     @property
     def _must_choose(self) -> bool:
-        return self._key(self._rate, self._draw) not in (None, self._choice_key)
+        return self._wanted not in (None, self._choice_key)
+
+    @property
+    def _all_groups(self) -> int:
+        return self.place.groups * self.place.num_shards
+
+    @property
+    def _sums_name(self) -> str:
+        return f"{self.config.importance}_sums"
 
     @property
     def _sums_width(self) -> int:
-        widths = {"nothing": 0, "inputs": self._weights.column().size(1), "activations": self._weights.row().size(1)}
-        return widths[self._metric.needs]
+        weight = self._weights.row if self._metric.needs == "activations" else self._weights.column
+        return weight().size(1)
 
     def _gather(self, tokens: Tensor, activations: Callable[[], Tensor]) -> Tensor:
         needs = self._metric.needs
@@ -252,6 +284,8 @@ class Selector:
 
     @torch.no_grad()
     def _choose(self, sums: Tensor) -> None:
+        assert self._wanted is not None
+        draw, count = self._wanted
         if self._metric.needs == "activations":
             scores = self.neurons.scores_of_columns(self._metric.score(self._weights.row(), sums))
         else:
@@ -259,16 +293,15 @@ class Selector:
         index = select(
             scores,
             groups=self.place.groups,
-            keep=self.count(self._rate) // self.place.groups,
-            noise=self._noise(scores.device) if self.config.selection == "sampling" else None,
+            keep=count // self.place.groups,
+            noise=self._noise(draw, device=scores.device) if self.config.selection == "sampling" else None,
             temperature=self.config.temperature,
         )
-        self._choice = Kept(index=index, units=self.neurons.units)
-        self._choice_key = self._key(self._rate, self._draw)
+        self._choice, self._choice_key = Kept(index=index, units=self.neurons.units), self._wanted
 
-    def _noise(self, device: torch.device) -> Tensor:
-        units, place = self.neurons.units, self.place
-        noise = gumbel_noise(
-            units * place.num_shards, seed=self.config.seed, step=self._draw, layer=place.layer, kind=place.kind
-        )
+    def _noise(self, draw: int, *, device: torch.device) -> Tensor:
+        """[units] of this shard, cut from the whole layer's."""
+        place, units = self.place, self.neurons.units
+        total = units * place.num_shards
+        noise = gumbel_noise(total, seed=self.config.seed, step=draw, layer=place.layer, kind=place.kind)
         return noise[place.shard * units : (place.shard + 1) * units].to(device, non_blocking=True)
