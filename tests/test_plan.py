@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 
+from megatron_sat.layers.attach import attach_selectors
 from megatron_sat.model.flops import ModelShape, Recompute, choice_flops, kept_shape, step_flops, whole
 from megatron_sat.plan import MAX_ROWS, Plan, build_plan, show
+from megatron_sat.sparsity.controller import Controller, sparse_modules
 from megatron_sat.sparsity.schedule import Schedule, ScheduleConfig, build_schedule
+from megatron_sat.sparsity.selector import SelectionConfig
+from tests.helpers.counting import as_causal, by_product, counting
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import SEQ, VOCAB, batch, layout, losses, tiny_chunks
 
 LLAMA_7B = ModelShape(
     num_layers=32, hidden_size=4096, num_attention_heads=32, num_query_groups=32, kv_channels=128,
@@ -63,6 +69,37 @@ def test_totals_are_those_of_the_run_walked_step_by_step():
         "heads": float(heads / 3000),
         "channels": float(channels / 3000),
     }
+
+
+def count_run(_: int, start: int, end: int) -> list[int]:
+    """Train a tiny sparse model through a ladder on two ranks; torch's count of each step."""
+    there = layout(tp=2)
+    (chunk,) = tiny_chunks()
+    selection = SelectionConfig(importance="uniform", selection_groups=2, channel_multiple=8)
+    attach_selectors([chunk], config=selection, layout=there)
+    schedule = schedule_of("ladder", Fraction(1, 2), start=start, rungs=3, train_iters=end)
+    controller = Controller(sparse_modules([chunk]), schedule=schedule, interval=1)
+    counts = []
+    for step in range(1, end + 1):
+        with controller.step(step), counting() as counter:
+            losses(chunk, *batch(step, 2)).mean().backward()
+        counts.append(as_causal(by_product(counter), seq=SEQ))
+    return counts
+
+
+def test_every_step_of_a_run_computes_what_its_plan_said():
+    ranks = run_ranks(count_run, 2, 2, 10)
+
+    schedule = schedule_of("ladder", Fraction(1, 2), start=2, rungs=3, train_iters=10)
+    shape = ModelShape(
+        num_layers=4, hidden_size=64, num_attention_heads=8, num_query_groups=4, kv_channels=8,
+        ffn_hidden_size=96, gated=True, padded_vocab_size=VOCAB, seq_length=SEQ,
+    )  # fmt: skip
+    settings = {"selection_groups": 2, "channel_multiple": 8, "choice_flops": 0, "tokens_per_step": 2 * SEQ}
+    plan = plan_of(schedule, shape=shape, **settings)
+    planned = [rung.flops for rung in plan.rungs for _ in range(rung.rung.steps)]
+    assert [sum(step) for step in zip(*ranks, strict=True)] == planned
+    assert len(set(planned)) == 4  # four rungs, four costs
 
 
 def test_the_papers_bounds_are_found_where_quotas_do_not_bite():

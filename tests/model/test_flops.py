@@ -1,14 +1,10 @@
 """The formula against torch's counter on the real model: whole, sparse, recomputed, with and without GQA."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import pytest
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_sat.layers.attach import attach_selectors
 from megatron_sat.model.flops import (
@@ -26,6 +22,7 @@ from megatron_sat.sparsity.controller import Controller, sparse_modules
 from megatron_sat.sparsity.importance import METRICS
 from megatron_sat.sparsity.schedule import ScheduleConfig, build_schedule
 from megatron_sat.sparsity.selector import SelectionConfig
+from tests.helpers.counting import as_causal, by_product, counting
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import SEQ, VOCAB, batch, layout, losses, tiny_chunks, tiny_config
 
@@ -41,13 +38,6 @@ SIZE = 2
 TOKENS = SIZE * SEQ
 
 
-@contextmanager
-def counting() -> Iterator[FlopCounterMode]:
-    """torch's counter, with attention as plain products: it does not know the CPU's flash kernel."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        yield counter
-
-
 def count_steps(
     _: int, rates: list[Fraction], config: dict[str, Any], selection: dict[str, Any], *, tp: int = 1
 ) -> list[dict[str, int]]:
@@ -61,7 +51,7 @@ def count_steps(
         controller = Controller(sparse_modules([chunk]), schedule=schedule, interval=1)
         with controller.step(step), counting() as counter:
             losses(chunk, *batch(step, SIZE)).mean().backward()
-        counted.append({str(op): count for op, count in counter.get_flop_counts()["Global"].items()})
+        counted.append(by_product(counter))
     return counted
 
 
@@ -149,12 +139,9 @@ def test_a_recomputed_norm_is_no_matrix_product():
 
 def test_causal_attention_counts_each_token_with_those_before_it_and_itself():
     (counted,) = counted_at(Fraction(0))
-    square = sum(count for op, count in counted.items() if "bmm" in op)
-    linear = sum(counted.values()) - square
-    pairs = sum(1 for query in range(SEQ) for key in range(SEQ) if key <= query)
+    causal = as_causal(counted, seq=SEQ)
 
-    assert 0 < square < linear
-    assert step_flops(TINY, whole(TINY), tokens=TOKENS) == linear + square * pairs // SEQ**2
+    assert step_flops(TINY, whole(TINY), tokens=TOKENS) == causal < sum(counted.values())
 
 
 @pytest.mark.parametrize("importance", ["maxip", "contribution"])
