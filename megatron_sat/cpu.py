@@ -1,10 +1,9 @@
 """What lets megatron.core run on a machine without a GPU; with one, nothing in here does anything.
-
-megatron.core writes ``device="cuda"`` literally, asks ``torch.cuda`` for devices, streams and random state, and
-recognises its parameters by the type name ``torch.cuda.FloatTensor``. `install` makes those few names mean the CPU.
-`STAND_INS` is the whole list, each entry with its reason; nothing outside it is replaced.
-
-Call `install` before anything of megatron is imported: ``megatron.core.jit`` binds ``torch.compile`` at import.
+ megatron.core writes ``device="cuda"`` literally, asks ``torch.cuda`` for devices, streams and random state,
+and recognises its parameters by the type name ``torch.cuda.FloatTensor``. `install` makes those few names
+mean the CPU. `STAND_INS` is the whole list, each entry with its reason; nothing outside it is replaced.
+ Call `install` before anything of megatron is imported: ``megatron.core.jit`` binds ``torch.compile`` at
+import.
 """
 
 import functools
@@ -86,14 +85,22 @@ def _type_names() -> None:
 
 
 STAND_INS: tuple[tuple[str, str, Callable[[], None]], ...] = (
-    ("torch.compile", "megatron.core.jit compiles at import; on a CPU that needs g++ and seconds a process", _compile),
+    (
+        "torch.compile",
+        "megatron.core.jit compiles at import; on a CPU that needs g++ and seconds a process",
+        _compile,
+    ),
     (
         "torch.cuda.current_device/set_device, Tensor.cuda, Module.cuda, device='cuda' and pin_memory in "
         + "/".join(_FACTORIES),
         "megatron.core names the device literally (RoPE under CP, gradient buffers, norms of the optimizer)",
         _devices,
     ),
-    ("torch.cuda.synchronize/current_stream", "pipeline p2p and DDP wait for streams that a CPU has not", _streams),
+    (
+        "torch.cuda.synchronize/current_stream",
+        "pipeline p2p and DDP wait for streams that a CPU has not",
+        _streams,
+    ),
     (
         "torch.cuda random state",
         "tensor_parallel.random keeps its tracker on the GPU's generator; the CPU's generator plays it",

@@ -1,6 +1,6 @@
-"""Process groups: who this rank is, and megatron.core's parallel layout. The only room that reads torchrun's environment.
-
-It holds no state: after `initialize`, ask `megatron.core.parallel_state`, or the `Layout` that it returned.
+"""Process groups: who this rank is, and megatron.core's parallel layout.
+ The only room that reads torchrun's environment. It holds no state: after `initialize`, ask
+`megatron.core.parallel_state`, or the `Layout` that it returned.
 """
 
 import os
@@ -34,7 +34,7 @@ def read_launch() -> Launch:
 def join(launch: Launch, *, backend: str, timeout_minutes: int) -> None:
     """Join the default process group, on this rank's GPU where there is one.
 
-    backend: "nccl" or "gloo". Raises RuntimeError when the launcher's address is missing for more than one rank.
+    backend: "nccl" or "gloo". Raises RuntimeError when more than one rank has no address to meet at.
     """
     if dist.is_initialized():
         return
@@ -75,7 +75,17 @@ class Layout:
 def initialize_model_parallel(
     *, tp: int, pp: int, cp: int, virtual_pp: int | None, seed: int, timeout_minutes: int = 10
 ) -> Layout:
-    """Cut the world into megatron.core's groups (once), seed its generators, and say where this rank stands."""
+    """Cut the world into megatron.core's groups (once), seed its generators, say where this rank stands.
+
+    Raises ValueError where tp x pp x cp does not divide the number of ranks.
+    """
+    world = dist.get_world_size()
+    if world % (tp * pp * cp):
+        raise ValueError(
+            f"--tensor-model-parallel-size ({tp}) x --pipeline-model-parallel-size ({pp}) x "
+            f"--context-parallel-size ({cp}) must divide the number of ranks ({world}); "
+            f"start a multiple of {tp * pp * cp} ranks"
+        )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp,

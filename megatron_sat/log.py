@@ -58,7 +58,7 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(total: int | None, description: str) -> Iterator[Advance]:
-    """A progress bar over ``total`` units (None: unknown); yields the function that advances it. Rank 0 only."""
+    """A progress bar over ``total`` units (None: unknown); yields what advances it. Rank 0 only."""
     if not speaks() or not _console.is_terminal:
         yield lambda amount=1: None
         return

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch.distributed as dist
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Module
 
@@ -25,7 +26,9 @@ _Plan = tuple[Neurons, Literal["attention", "mlp"], int, int]
 def attach_selectors(chunks: Iterable[Module], *, config: SelectionConfig, layout: Layout) -> int:
     """Give every sparse attention and MLP of this rank's model chunks a selector; returns how many there are.
 
-    Raises ValueError where selection groups do not fit this TP size, this number of query groups or of channels.
+    Raises ValueError where selection groups or the channel multiple do not fit this TP size, these query
+    groups or channels, and for settings of the model under which a choice could not be made or would not be
+    obeyed.
     """
     count = 0
     for chunk in chunks:
@@ -40,6 +43,7 @@ def attach_selectors(chunks: Iterable[Module], *, config: SelectionConfig, layou
 
 def build_selector(module: SparsePair, *, layer: int, config: SelectionConfig, layout: Layout) -> Selector:
     """The selector of one module of global layer ``layer`` (from 1)."""
+    _refuse(module.config)
     column, row = module.linear_pair()
     if isinstance(module, SparseSelfAttention):
         neurons, kind, groups, multiple = _heads(module, config, layout)
@@ -47,7 +51,12 @@ def build_selector(module: SparsePair, *, layer: int, config: SelectionConfig, l
         assert isinstance(module, SparseMLP)
         neurons, kind, groups, multiple = _channels(module, config, layout)
     place = Place(
-        kind=kind, layer=layer, shard=layout.tp_rank, num_shards=layout.tp_size, groups=groups, multiple=multiple
+        kind=kind,
+        layer=layer,
+        shard=layout.tp_rank,
+        num_shards=layout.tp_size,
+        groups=groups,
+        multiple=multiple,
     )
     return Selector(
         neurons,
@@ -58,7 +67,33 @@ def build_selector(module: SparsePair, *, layer: int, config: SelectionConfig, l
     )
 
 
+def _refuse(model: TransformerConfig) -> None:
+    """Settings of the model that would bypass the choice, or starve it of tokens."""
+    if model.cuda_graph_impl != "none":
+        raise ValueError(
+            f"--cuda-graph-impl must be none for sparse training, got {model.cuda_graph_impl}; "
+            "a graph would replay one step's choice for ever"
+        )
+    chunks = getattr(model, "mlp_chunks_for_training", 1)  # from 0.19
+    if chunks != 1:
+        raise ValueError(
+            f"--mlp-chunks-for-training must be 1 for sparse training, got {chunks}; "
+            "an MLP would score its channels on the first chunk of the sequence alone"
+        )
+    if model.attention_output_gate:
+        raise ValueError(
+            "--attention-output-gate must be off for sparse training, got it on; a head's gate has no place "
+            "among the rows that leave with it"
+        )
+
+
 def _heads(module: SparseSelfAttention, config: SelectionConfig, layout: Layout) -> _Plan:
+    all_groups = module.config.num_query_groups
+    if all_groups is not None and all_groups < layout.tp_size:
+        raise ValueError(
+            f"--num-query-groups ({all_groups}) must be at least the tensor-parallel size ({layout.tp_size}) "
+            f"for sparse training; try --tensor-model-parallel-size {all_groups}"
+        )
     groups, whole = module.num_query_groups_per_partition, config.gqa == "group"
     neurons = Heads(
         groups=groups,
@@ -75,7 +110,8 @@ def _channels(module: SparseMLP, config: SelectionConfig, layout: Layout) -> _Pl
     gated = module.config.gated_linear_unit
     units = module.linear_fc1.output_size_per_partition // (2 if gated else 1)
     neurons = Channels(units=units, gated=gated, score_source=config.swiglu_score)
-    return neurons, "mlp", _groups_here(config, layout, units=units, noun="channels"), config.channel_multiple
+    quotas = _groups_here(config, layout, units=units, noun="channels")
+    return neurons, "mlp", quotas, config.channel_multiple
 
 
 def _groups_here(config: SelectionConfig, layout: Layout, *, units: int, noun: str) -> int:
@@ -83,8 +119,8 @@ def _groups_here(config: SelectionConfig, layout: Layout, *, units: int, noun: s
     groups = config.selection_groups
     if groups % layout.tp_size:
         raise ValueError(
-            f"--sat-selection-groups ({groups}) must be a multiple of the tensor-parallel size ({layout.tp_size}); "
-            f"try {layout.tp_size}"
+            f"--sat-selection-groups ({groups}) must be a multiple of the tensor-parallel size "
+            f"({layout.tp_size}); try {layout.tp_size}"
         )
     here = groups // layout.tp_size
     if units % here:
@@ -98,7 +134,7 @@ def _groups_here(config: SelectionConfig, layout: Layout, *, units: int, noun: s
 def _adder(
     config: SelectionConfig, layout: Layout, *, sequence_parallel: bool
 ) -> Callable[[Tensor, Needs], Tensor]:
-    """The function that adds sums over the ranks which hold other tokens: CP always, DP if shared, TP for inputs under SP."""
+    """Adds sums over the ranks which hold other tokens: CP always, DP if shared, TP for inputs under SP."""
     replicas = layout.dp_cp_group if config.dp_selection == "shared" else layout.cp_group
 
     def add_ranks(sums: Tensor, needs: Needs) -> Tensor:

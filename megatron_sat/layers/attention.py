@@ -1,5 +1,7 @@
 """Megatron's self-attention over the heads kept this step (eq. 9): Q, K, V and O are cut by one index set."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from megatron.core.transformer.attention import SelfAttention
@@ -15,26 +17,37 @@ class SparseSelfAttention(SparsePair, SelfAttention):
 
     linear_qkv: SparseColumnParallelLinear
     linear_proj: SparseRowParallelLinear
+    hidden_size_per_attention_head: int
+    num_attention_heads_per_partition: int
+    num_query_groups_per_partition: int
 
     def linear_pair(self) -> tuple[SparseColumnParallelLinear, SparseRowParallelLinear]:
         return self.linear_qkv, self.linear_proj
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Output:
-        """hidden_states: [s, b, h] ([s/p, b, h] under SP). Returns the output of that shape, summed over TP, and a bias."""
+        """hidden_states: [s, b, h] ([s/p, b, h] under SP). Returns that shape, summed over TP, and a bias."""
         kept = self.choose(hidden_states, lambda: SelfAttention.forward(self, hidden_states, *args, **kwargs))
         return self.scaled(SelfAttention.forward(self, hidden_states, *args, **kwargs), kept)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
-        """As Megatron's, with its two counts of heads set to what this call really computes."""
+        """As Megatron's, which cuts the fused projection by the module's two counts of heads."""
+        with self._counting_kept_heads():
+            return super().get_query_key_value_tensors(*args, **kwargs)
+
+    @contextmanager
+    def _counting_kept_heads(self) -> Iterator[None]:
+        """The two counts are those of the heads and query groups that this call computes."""
         columns = self.linear_proj.columns
         if columns is None:
-            return super().get_query_key_value_tensors(*args, **kwargs)
+            yield
+            return
         assert self.selector is not None and isinstance(self.selector.neurons, Heads)
-        neurons, dense = self.selector.neurons, (self.num_attention_heads_per_partition, self.num_query_groups_per_partition)
-        heads = columns.numel() // neurons.head_dim
+        neurons, heads = self.selector.neurons, columns.numel() // self.selector.neurons.head_dim
+        dense = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
         self.num_attention_heads_per_partition = heads
-        self.num_query_groups_per_partition = heads // neurons.heads_per_group if neurons.whole_groups else neurons.groups
+        if neurons.whole_groups:
+            self.num_query_groups_per_partition = heads // neurons.heads_per_group
         try:
-            return super().get_query_key_value_tensors(*args, **kwargs)
+            yield
         finally:
             self.num_attention_heads_per_partition, self.num_query_groups_per_partition = dense

@@ -1,24 +1,27 @@
-"""torch's scaled-dot-product attention as Megatron's core attention: flash kernels on CUDA, plain ones on a CPU.
-
-Megatron's local core attention builds the s x s matrix and refuses context parallelism. Under CP this one gathers K and
-V over the group (Megatron's own autograd gather) and lets each of the rank's two zigzag chunks look at what precedes it.
+"""Causal core attention over the heads that a step keeps: flash-attn where it can be used, else torch's SDPA.
+ Megatron's local core attention builds the s x s matrix, insists on the dense number of heads, and refuses
+context parallelism. Under CP these gather K and V over the group (Megatron's own autograd gather) and let
+each of the rank's two zigzag chunks look at what precedes it.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_sat.layers.available import FLASH_ATTENTION_DTYPES, flash_attention
+
 
 class SDPACoreAttention(MegatronModule):
-    """Causal attention, grouped queries included, over as many heads as it is handed."""
+    """Causal attention, grouped queries included, by torch's scaled-dot-product attention."""
 
     def __init__(
         self,
@@ -32,32 +35,55 @@ class SDPACoreAttention(MegatronModule):
         pg_collection: Any = None,
         **_: Any,
     ) -> None:
-        """Raises ValueError for a mask type that is not causal."""
+        """Raises ValueError for a mask type that is not causal, a sliding window, and attention sinks."""
         super().__init__(config=config)
         if attn_mask_type != AttnMaskType.causal:
-            raise ValueError(f"core attention must be causal, got {attn_mask_type}; use Megatron's own for other masks")
+            raise ValueError(
+                f"the mask of the sparse core attention must be causal, got {attn_mask_type}; "
+                "use Megatron's own core attention for other masks"
+            )
+        if config.window_size is not None or config.softmax_type != "vanilla":
+            raise ValueError(
+                "--window-size and --softmax-type must be unset for sparse layers, got "
+                f"{config.window_size} and {config.softmax_type}; every token attends to all before it"
+            )
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        assert config.kv_channels is not None
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
     ) -> Tensor:
-        """query [s, b, k, d]; key, value [s, b, g', d], k a multiple of g' (s is s/cp under CP). Returns [s, b, k d].
+        """query: [s, b, k, d]; key, value: [s, b, g', d], k a multiple of g' (s is s/cp under CP).
 
-        The mask is causal whatever attention_mask says. Raises ValueError for packed sequences, which need other kernels.
+        Returns [s, b, k d]. The mask is causal whatever attention_mask says.
+        Raises ValueError for packed sequences.
         """
-        if kwargs.get("packed_seq_params") is not None:
-            raise ValueError("packed sequences are not supported by SDPACoreAttention; pass packed_seq_params=None")
+        if packed_seq_params is not None:
+            raise ValueError(
+                f"packed_seq_params must be None for {type(self).__name__}, "
+                f"got {type(packed_seq_params).__name__}; feed unpacked sequences"
+            )
         size = query.shape[:2]
-        if self.cp_group is None:
-            out = self._attend(query, key, value)
-        else:
-            out = self._attend_in_chunks(query, key, value)
-        return out.reshape(*size, -1)
+        with self._random_state():
+            attend = self._attend if self.cp_group is None else self._attend_in_chunks
+            return attend(query, key, value).reshape(*size, -1)
+
+    def _random_state(self) -> AbstractContextManager[Any]:
+        """Where dropout draws from: a state of this TP rank, whose heads are its own (SP has set it)."""
+        own = self.dropout > 0.0 and self.training and not self.config.sequence_parallel
+        return get_cuda_rng_tracker().fork() if own else nullcontext()
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[q, b, k, d] queries that are the last q of the s positions of key and value. Returns [q, b, k, d]."""
+        """query: [q, b, k, d], the last q of the s positions of key and value. Returns [q, b, k, d]."""
         square = query.size(0) == key.size(0)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = F.scaled_dot_product_attention(
@@ -76,20 +102,52 @@ class SDPACoreAttention(MegatronModule):
         """CP: this rank holds chunks r and 2 cp - 1 - r of 2 cp; each attends to all chunks up to itself."""
         assert self.cp_group is not None
         cp, rank = self.cp_group.size(), self.cp_group.rank()
-        key, value = (self._in_order(gather_from_sequence_parallel_region(t, group=self.cp_group)) for t in (key, value))
-        first, second = query.chunk(2)
-        chunk = first.size(0)
+        key, value = (
+            self._in_order(gather_from_sequence_parallel_region(t, group=self.cp_group)) for t in (key, value)
+        )
+        chunk = query.size(0) // 2
         ends = ((rank + 1) * chunk, (2 * cp - rank) * chunk)
-        parts = (first, second)
-        return torch.cat([self._attend(q, key[:end], value[:end]) for q, end in zip(parts, ends, strict=True)])
+        parts = zip(query.chunk(2), ends, strict=True)
+        return torch.cat([self._attend(part, key[:end], value[:end]) for part, end in parts])
 
     def _in_order(self, gathered: Tensor) -> Tensor:
         """[s, ...] in the order of the ranks' zigzag chunks -> in the order of the sequence."""
         assert self.cp_group is not None
-        cp = self.cp_group.size()
-        chunks = gathered.chunk(2 * cp)  # rank r's are 2 r and 2 r + 1: sequence chunks r and 2 cp - 1 - r
+        chunks = gathered.chunk(2 * self.cp_group.size())
+        # rank r's are 2 r and 2 r + 1: sequence chunks r and 2 cp - 1 - r
         return torch.cat([*chunks[0::2], *reversed(chunks[1::2])])
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Nothing: attention has no parameters."""
         return {}
+
+
+class FlashCoreAttention(SDPACoreAttention):
+    """The same by the flash-attn library for fp16 and bf16; other types go to torch."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        """Raises ValueError where flash-attn cannot be imported."""
+        super().__init__(config, *args, **kwargs)
+        self.flash = flash_attention(cuda=True)
+        if self.flash is None:
+            raise ValueError(
+                "flash-attn must be installed (2.1 or newer) for FlashCoreAttention, it cannot be imported; "
+                "pip install flash-attn, or use SDPACoreAttention"
+            )
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if query.dtype not in FLASH_ATTENTION_DTYPES:
+            return super()._attend(query, key, value)
+        assert self.flash is not None
+        out: Tensor = self.flash(
+            *(t.transpose(0, 1) for t in (query, key, value)),
+            dropout_p=self.dropout if self.training else 0.0,
+            softmax_scale=self.scale,
+            causal=True,
+        )
+        return out.transpose(0, 1)
+
+
+def core_attention(*, cuda: bool) -> type[SDPACoreAttention]:
+    """The class for a layer specification: flash-attn's where it can be imported and a GPU is there."""
+    return SDPACoreAttention if flash_attention(cuda=cuda) is None else FlashCoreAttention

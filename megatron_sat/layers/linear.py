@@ -1,8 +1,8 @@
 """Megatron's column- and row-parallel linear layers, cut to some rows or columns for the call in progress.
-
-Only `_forward_impl` is overridden, where Megatron has the weight in hand: its communication, autograd functions and
-checkpoints stay its own, and so does the code on a step that keeps everything. The owner (attention, MLP) sets `rows`
-or `columns` before each call; parameters keep their dense shape, and their gradients too, with exact zeros.
+ Only `_forward_impl` is overridden, where Megatron has the weight in hand: its communication, autograd
+functions and checkpoints stay its own, and so does the code on a step that keeps everything. The owner
+(attention, MLP) sets `rows` or `columns` before each call; parameters keep their dense shape, and so do their
+gradients, with exact zeros.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from megatron_sat.sparsity.gather import keep_columns, keep_rows
 
 
 class SparseColumnParallelLinear(ColumnParallelLinear):
-    """[s, b, h] -> [s, b, k]: the output neurons `rows` of this rank's shard; all of them where `rows` is None."""
+    """[s, b, h] -> [s, b, k]: the output neurons `rows` of this rank's shard; all where it is None."""
 
     rows: Tensor | None = None
     """[k] int64, the rows of this rank's weight that the next call computes."""
@@ -25,7 +25,7 @@ class SparseColumnParallelLinear(ColumnParallelLinear):
         output, bias = super().forward(input_, *args, **kwargs)
         return output, bias if bias is None or self.rows is None else keep_rows(bias, self.rows)
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.rows is not None:
             weight = keep_rows(weight, self.rows)
             if kwargs.get("bias") is not None:
@@ -36,14 +36,14 @@ class SparseColumnParallelLinear(ColumnParallelLinear):
 
 
 class SparseRowParallelLinear(RowParallelLinear):
-    """[s, b, k] -> [s, b, h]: from the input neurons `columns` of this rank's shard; all of them where it is None."""
+    """[s, b, k] -> [s, b, h]: from the input neurons `columns` of this rank's shard; all where it is None."""
 
     columns: Tensor | None = None
     """[k] int64, the columns of this rank's weight that the next call's input belongs to."""
     observe: Callable[[Tensor], None] | None = None
-    """Is shown the next calls' input, the activations of the module's neurons."""
+    """While set: is shown each call's input, the activations of the module's neurons."""
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.observe is not None:
             self.observe(input)
         if self.columns is not None:

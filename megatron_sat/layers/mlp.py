@@ -9,9 +9,11 @@ from torch import Tensor
 from megatron_sat.layers.linear import SparseColumnParallelLinear, SparseRowParallelLinear
 from megatron_sat.layers.sparse import Output, SparsePair
 
+_SPARSE = MLPSubmodules(linear_fc1=SparseColumnParallelLinear, linear_fc2=SparseRowParallelLinear)
+
 
 class SparseMLP(SparsePair, MLP):
-    """A drop-in for ``MLP`` in a layer spec: the class itself, or ``ModuleSpec(module=SparseMLP, submodules=...)``."""
+    """A drop-in for ``MLP`` in a layer spec: the class itself, or ``ModuleSpec(module=SparseMLP)``."""
 
     linear_fc1: SparseColumnParallelLinear
     linear_fc2: SparseRowParallelLinear
@@ -19,21 +21,20 @@ class SparseMLP(SparsePair, MLP):
     def __init__(
         self,
         config: TransformerConfig,
-        submodules: MLPSubmodules | None = None,
+        submodules: MLPSubmodules = _SPARSE,
         *,
         pg_collection: Any = None,
         tp_group: Any = None,
         is_mtp_layer: bool = False,
         name: str | None = None,
-        ffn_hidden_size: int | None = None,
     ) -> None:
-        """The two ways a TransformerLayer builds its MLP: 0.16 hands over config alone, 0.19 groups and a name too."""
+        """What a TransformerLayer builds its MLP from: 0.16 gives a config alone, 0.19 groups and a name."""
         del is_mtp_layer  # 0.19 tells; an MLP does not care
         named = {"name": name} if name is not None else {}
         super().__init__(
             config,
-            submodules or MLPSubmodules(linear_fc1=SparseColumnParallelLinear, linear_fc2=SparseRowParallelLinear),
-            ffn_hidden_size=ffn_hidden_size or config.ffn_hidden_size,
+            submodules,
+            ffn_hidden_size=config.ffn_hidden_size,
             tp_group=tp_group if pg_collection is None else pg_collection.tp,
             **named,
         )
@@ -42,6 +43,6 @@ class SparseMLP(SparsePair, MLP):
         return self.linear_fc1, self.linear_fc2
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Output:
-        """hidden_states: [s, b, h] ([s/p, b, h] under SP). Returns the output of that shape, summed over TP, and a bias."""
+        """hidden_states: [s, b, h] ([s/p, b, h] under SP). Returns that shape, summed over TP, and a bias."""
         kept = self.choose(hidden_states, lambda: MLP.forward(self, hidden_states, *args, **kwargs))
         return self.scaled(MLP.forward(self, hidden_states, *args, **kwargs), kept)

@@ -1,20 +1,89 @@
-"""RMSNorm that works under sequence parallelism; Megatron's own local one refuses it.
-
-Under SP each TP rank normalises its part of the sequence, so the weight's gradient is a partial sum. The mark on the
-weight is all that ``finalize_model_grads`` needs to add it over TP.
+"""RMSNorm that works under sequence parallelism (Megatron's local one refuses it), fused where a library can.
+ Under SP each TP rank normalises its part of the sequence, so the weight's gradient is a partial sum. The
+mark on the weight is all that ``finalize_model_grads`` needs to add it over TP. Whichever class computes, a
+checkpoint holds one ``weight`` and nothing else, so it moves between machines with and without the libraries.
 """
 
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import Module
+
+from megatron_sat.layers.available import apex_rms_norm, transformer_engine_norm
+
+
+def _device(config: TransformerConfig) -> Any:
+    return "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
 
 
 class RMSNorm(torch.nn.RMSNorm):
     """[..., hidden_size] -> the same shape; statistics in fp32 whatever the input is."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        """Further arguments (persist_layer_norm, name, ...) belong to other implementations and have no meaning here."""
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
+        """Further arguments (persist_layer_norm, name, ...) are meant for other implementations."""
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_device(config))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class ApexRMSNorm(RMSNorm):
+    """The same by apex' kernel, which can save its output only (``memory_efficient_layer_norm``)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        """Raises ValueError where apex' kernel cannot be imported."""
+        super().__init__(config, hidden_size, eps)
+        self.fused = apex_rms_norm(cuda=True)
+        if self.fused is None:
+            raise ValueError(
+                "apex must be installed with its CUDA extensions for ApexRMSNorm, "
+                "fused_layer_norm_cuda cannot be imported; install apex with --cuda_ext, or use RMSNorm"
+            )
+        self.memory_efficient = config.memory_efficient_layer_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., hidden_size]. Returns the same shape."""
+        assert self.fused is not None
+        normed: Tensor = self.fused(x, self.weight, self.normalized_shape, self.eps, self.memory_efficient)
+        return normed
+
+
+def _transformer_engine_norm(fused: type[Module]) -> type[Module]:
+    """Transformer Engine's class behind the arguments that Megatron builds norms with."""
+
+    class TransformerEngineRMSNorm(fused):  # type: ignore[misc,valid-type]
+        """RMSNorm by Transformer Engine; its fp8 state, empty for a norm, would be a checkpoint key."""
+
+        get_extra_state = Module.get_extra_state
+        set_extra_state = Module.set_extra_state
+
+        def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+            super().__init__(
+                hidden_size,
+                eps=eps,
+                sequence_parallel=config.sequence_parallel,
+                params_dtype=config.params_dtype,
+                device=_device(config),
+            )
+
+    return TransformerEngineRMSNorm
+
+
+def rms_norm(*, cuda: bool, memory_efficient: bool = False) -> type[Module]:
+    """The class for a layer specification: Transformer Engine's, apex' or torch's, the first to be had.
+
+    memory_efficient: keep a norm's output, not its input, for backward; apex alone can do that.
+    Raises ValueError where it is asked for and apex cannot be imported.
+    """
+    apex = apex_rms_norm(cuda=cuda)
+    if memory_efficient:
+        if apex is None:
+            raise ValueError(
+                "memory_efficient_layer_norm needs apex' norm, apex with CUDA extensions cannot be imported; "
+                "install it, or leave memory_efficient_layer_norm off"
+            )
+        return ApexRMSNorm
+    fused = transformer_engine_norm(cuda=cuda)
+    if fused is not None:
+        return _transformer_engine_norm(fused)
+    return RMSNorm if apex is None else ApexRMSNorm

@@ -1,12 +1,13 @@
 """What the sparse attention and the sparse MLP share: a pair of linear layers cut by one choice.
-
-The module's own forward stays Megatron's. `choose` sets the pair for the call, `dense_activations` looks at what all
-neurons would do, and `entries` names the parameters of some units for whoever must hold them still.
+ The module's own forward stays Megatron's. `choose` sets the pair for the call, `scaled` rescales what comes
+out, and `entries` names the parameters of some units for whoever must hold them still.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Module
 
@@ -21,6 +22,7 @@ Output = tuple[Tensor, Tensor | None]
 class SparsePair(Module):
     """Mixed into a Megatron module whose neurons are rows of one linear layer and columns of the next."""
 
+    config: TransformerConfig
     selector: Selector | None = None
     """None: the module is dense, line for line Megatron's."""
 
@@ -46,7 +48,7 @@ class SparsePair(Module):
         return output[0] * self.selector.output_scale, output[1]
 
     def entries(self, index: Tensor) -> list[Entry]:
-        """Parameter entries that belong to the units ``index`` alone: rows of the first layer, columns of the second."""
+        """Parameter entries of the units ``index`` alone: rows of the first layer, columns of the second."""
         assert self.selector is not None
         column, row = self.linear_pair()
         rows, columns = self.selector.neurons.rows(index), self.selector.neurons.columns(index)
@@ -62,17 +64,25 @@ class SparsePair(Module):
             row.columns = self.selector.neurons.columns(kept.index)
 
     def _dense_activations(self, forward: Callable[[], Output]) -> Tensor:
-        """[s, b, k]: the second layer's input when every neuron takes part; without dropout, so no random state moves."""
+        """[s, b, k]: the second layer's input when every neuron takes part."""
         _, row = self.linear_pair()
         seen: list[Tensor] = []
-        was_training = self.training
         self._set(None)
         row.observe = seen.append
-        self.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._without_dropout():
                 forward()
         finally:
             row.observe = None
-            self.train(was_training)
         return seen[0]
+
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        """Evaluation mode for a while: had a look drawn random numbers, recomputation would draw others."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode

@@ -1,4 +1,4 @@
-"""From a TransformerConfig to this rank's model chunks: Megatron's GPTModel on the sparse layer specification."""
+"""From a TransformerConfig to this rank's model chunks: Megatron's GPTModel on the sparse specification."""
 
 import logging
 from dataclasses import dataclass
@@ -31,8 +31,12 @@ class Embedding:
 
 
 def build_chunk(config: TransformerConfig, embedding: Embedding, *, vp_stage: int | None = None) -> GPTModel:
-    """One pipeline chunk of this rank, dense until selectors are attached. vp_stage: its number under interleaving."""
-    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # 0.19 announces HybridModel each time
+    """One pipeline chunk of this rank, dense until selectors are attached.
+
+    vp_stage: the chunk's number under interleaving.
+    """
+    # 0.19 announces HybridModel each time
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     where = {"ignore_virtual": False, "vp_stage": vp_stage}
     return GPTModel(
         config,
