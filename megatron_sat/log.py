@@ -29,6 +29,20 @@ def say(text: str) -> None:
         _console.print(escape(text))
 
 
+_NOISE = (
+    ".*Transformer Engine and Apex are not installed.*",  # build.introduce says once what is in use
+    "Apex is not installed.*",
+    "full scope is deprecated.*",  # megatron-core 0.16 and 0.19 warn of their own default
+    ".*`torch.distributed.* is deprecated.*",  # megatron.core's calls, torch 2.13 and newer
+)
+
+
+def quiet_libraries() -> None:
+    """Leave out warnings that megatron.core and torch give each other on every rank, and that no user can act on."""
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message=message)
+
+
 def warn_once(text: str) -> None:
     """A warning that is said once a process, on rank 0, and is visible to ``warnings`` filters in tests."""
     if text not in _warned and speaks():

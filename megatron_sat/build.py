@@ -1,0 +1,188 @@
+"""From a configuration to a run: the only room that constructs, in the order in which things can go wrong.
+
+Text first (tokenizer, data), then the model and its selectors, then the engine; what is wrong with any of them is said
+before the first step. `Run` holds the pieces, `training.run` lets them work.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_sat import faults, log
+from megatron_sat.config import Config
+from megatron_sat.data.blend import Datasets, build_datasets
+from megatron_sat.data.survey import epochs_per_domain
+from megatron_sat.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_sat.distributed import Layout, initialize_model_parallel
+from megatron_sat.engines.megatron import MegatronEngine
+from megatron_sat.engines.optim import describe_adam, make_optimizer_config
+from megatron_sat.layers.attach import attach_selectors
+from megatron_sat.layers.available import in_use
+from megatron_sat.model.builder import Embedding, build_chunks
+from megatron_sat.model.flops import ModelShape, Recompute, choice_flops, shape_of
+from megatron_sat.plan import Plan, build_plan
+from megatron_sat.sparsity.controller import Controller, sparse_modules
+from megatron_sat.sparsity.schedule import Schedule, build_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that trains, put together and checked."""
+
+    config: Config
+    layout: Layout
+    device: torch.device
+    tokenizer: Tokenizer
+    datasets: Datasets
+    engine: MegatronEngine
+    controller: Controller
+    shape: ModelShape
+    plan: Plan
+
+
+def build_run(config: Config) -> Run:
+    """Build on every rank; collective, the default process group exists.
+
+    Raises ValueError for data, tokenizer or model that cannot be used together.
+    """
+    faults.apply_all()
+    parallel = config.parallel
+    layout = initialize_model_parallel(
+        tp=parallel.tensor,
+        pp=parallel.pipeline,
+        cp=parallel.context,
+        virtual_pp=parallel.virtual_pipeline,
+        seed=config.training.seed,
+        timeout_minutes=parallel.timeout_minutes,
+    )
+    tokenizer = build_tokenizer(
+        config.tokenizer.kind, model=config.tokenizer.model, vocab_size=config.model.vocab_size
+    )
+    samples = config.training.train_iters * config.training.global_batch_size
+    datasets = build_datasets(config.data, tokenizer=tokenizer, train_samples=samples)
+    if datasets.train is None:
+        raise ValueError("training needs --train-data-path or --data-path, got data for evaluation alone; add it")
+    transformer = TransformerConfig(**config.transformer)
+    embedding = _embedding(config, rows=config.model.rows(tokenizer.vocab_size, tp=parallel.tensor))
+    chunks = build_chunks(transformer, embedding)
+    attach_selectors(chunks, config=config.selection, layout=layout)
+    engine = _engine(config, chunks, transformer=transformer, layout=layout)
+    schedule = build_schedule(config.schedule)
+    controller = Controller(
+        sparse_modules(chunks), schedule=schedule, interval=config.selection.selection_interval
+    )
+    if config.omitted_neurons == "frozen":
+        engine.hold(controller.omitted_entries)
+    shape = shape_of(transformer, padded_vocab_size=embedding.padded_vocab_size, seq_length=config.model.seq_length)
+    return Run(
+        config=config,
+        layout=layout,
+        device=_device(),
+        tokenizer=tokenizer,
+        datasets=datasets,
+        engine=engine,
+        controller=controller,
+        shape=shape,
+        plan=_plan(config, schedule=schedule, shape=shape, datasets=datasets),
+    )
+
+
+def introduce(run: Run) -> None:
+    """What a reader must know before the first step, besides the plan."""
+    for remark in run.config.remarks:
+        log.say(f"note: {remark}")
+    transformer = run.config.transformer
+    log.say(
+        in_use(
+            cuda=torch.cuda.is_available(),
+            dtype=transformer["params_dtype"],
+            gradient_accumulation_fusion=transformer["gradient_accumulation_fusion"],
+            optimizer=describe_adam(),
+        )
+    )
+    parameters = sum(p.numel() for chunk in run.engine.chunks for p in chunk.parameters())
+    parallel = run.config.parallel
+    log.say(
+        f"{parameters:,} parameters on rank 0; {dist.get_world_size()} ranks: tensor {parallel.tensor}, "
+        f"pipeline {parallel.pipeline}, context {parallel.context}, data {parallel.data}"
+    )
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _embedding(config: Config, *, rows: int) -> Embedding:
+    model = config.model
+    return Embedding(
+        padded_vocab_size=rows,
+        max_sequence_length=model.max_position_embeddings,
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        rope_scaling=model.use_rope_scaling,
+        rope_scaling_factor=model.rope_scaling_factor,
+        rotary_seq_len_interpolation_factor=model.rotary_seq_len_interpolation_factor,
+        fp16_lm_cross_entropy=model.fp16_lm_cross_entropy,
+    )
+
+
+def _engine(
+    config: Config, chunks: list[torch.nn.Module], *, transformer: TransformerConfig, layout: Layout
+) -> MegatronEngine:
+    ddp = DistributedDataParallelConfig(**config.ddp)
+    return MegatronEngine(
+        chunks,
+        layout=layout,
+        ddp_config=ddp,
+        optimizer_config=make_optimizer_config(
+            config.learning_rate, model=transformer, ddp=ddp, **config.optimizer
+        ),
+        learning_rate=config.learning_rate,
+        seq_length=config.model.seq_length,
+        micro_batch_size=config.training.micro_batch_size,
+        align_grad_reduce=config.align_grad_reduce,
+    )
+
+
+def recompute_of(config: Config) -> Recompute:
+    """What the backward computes again, for the count of executed operations."""
+    transformer = config.transformer
+    granularity = transformer.get("recompute_granularity")
+    if granularity is None:
+        return Recompute()
+    if granularity == "selective":
+        return Recompute(parts=tuple(transformer.get("recompute_modules") or ("core_attn",)))
+    per_chunk = transformer.get("recompute_num_layers") if transformer.get("recompute_method") == "block" else None
+    chunks = config.parallel.pipeline * (config.parallel.virtual_pipeline or 1)
+    layers = None if per_chunk is None else min(per_chunk * chunks, transformer["num_layers"])
+    return Recompute(parts=("full",), layers=layers)
+
+
+def _plan(config: Config, *, schedule: Schedule, shape: ModelShape, datasets: Datasets) -> Plan:
+    training, selection = config.training, config.selection
+    choosing = choice_flops(
+        shape,
+        importance=selection.importance,
+        tokens=training.micro_batch_size * config.model.seq_length,
+        replicas=config.parallel.data,
+    )
+    return build_plan(
+        schedule,
+        shape=shape,
+        selection_groups=selection.selection_groups,
+        channel_multiple=selection.channel_multiple,
+        gqa=selection.gqa,
+        tokens_per_step=training.global_batch_size * config.model.seq_length,
+        recompute=recompute_of(config),
+        choice_flops=choosing // selection.selection_interval,
+        epochs=epochs_per_domain(
+            datasets.survey.train,
+            samples=training.train_iters * training.global_batch_size,
+            seq_length=config.model.seq_length,
+        ),
+    )

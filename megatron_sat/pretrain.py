@@ -1,0 +1,201 @@
+"""One run from its configuration to its end: build, resume, say the plan, train, and leave the files behind.
+
+In the folder of ``--save`` besides the checkpoints: ``config.yaml`` (resolved), ``plan.json``, ``metrics.jsonl``
+(unless ``--log-jsonl`` says where) and ``visits.npz`` (how often each neuron was kept).
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_sat import cli, distributed, log, plan
+from megatron_sat.build import Run, build_run, introduce, recompute_of
+from megatron_sat.config import Config
+from megatron_sat.data.batch import Batch, EvaluationBatches, build_train_iterator, cut_for_context_parallel
+from megatron_sat.engines.base import StepResult
+from megatron_sat.model.flops import kept_shape, step_flops, whole
+from megatron_sat.sparsity.visits import save_visits
+from megatron_sat.training.loop import Extent, Moments, Progress, train
+from megatron_sat.training.metrics import Console, JsonLines, Meter, Sink, StepFigures, TensorBoard
+from megatron_sat.training.state import whole_visits
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run what the command line asks for. Returns the exit code; 2 for what cannot be obeyed, said in one line."""
+    launch = distributed.read_launch()
+    try:
+        config = cli.parse(argv, world_size=launch.world_size, cuda=torch.cuda.is_available())
+    except cli.ParsedExit as asked:
+        return int(asked.code or 0)
+    distributed.join(launch, backend=config.parallel.backend, timeout_minutes=config.parallel.timeout_minutes)
+    try:
+        session = Session(build_run(config))
+    except ValueError as error:  # the user's to mend, and the same on every rank
+        if log.speaks():
+            sys.stderr.write(f"error: {error}\n")
+        distributed.leave()
+        return cli.USAGE_ERROR
+    session.train()
+    distributed.leave()
+    return 0
+
+
+class Session:
+    """A built run at work: what happens at each moment of the loop, and where it is written."""
+
+    def __init__(self, run: Run) -> None:
+        """Resume where there is something to resume. Raises ValueError for a checkpoint that does not fit."""
+        self.run, self.config = run, run.config
+        self.meter = Meter(num_devices=dist.get_world_size())
+        self.progress = Progress()
+        introduce(run)
+        plan.show(run.plan)
+        self.sinks = self._open_sinks()
+        self.valid = self._evaluations(run.datasets.valid)
+
+    def train(self) -> None:
+        """To the end, or to an exit condition."""
+        training, logging, checkpoint = self.config.training, self.config.logging, self.config.checkpoint
+        extent = Extent(
+            train_iters=training.train_iters,
+            num_micro_batches=training.num_micro_batches,
+            global_batch_size=training.global_batch_size,
+            log_interval=logging.log_interval,
+            eval_interval=training.eval_interval,
+            save_interval=checkpoint.save_interval,
+            exit_interval=training.exit_interval,
+            exit_duration_minutes=training.exit_duration_in_mins,
+        )
+        moments = Moments(
+            stepped=self.stepped,
+            log=self.log,
+            evaluate=self.evaluate,
+            save=self.save,
+            should_stop=self.should_stop,
+        )
+        self.progress = train(
+            self.run.engine,
+            self.run.controller,
+            progress=self.progress,
+            extent=extent,
+            batches=self.batches,
+            moments=moments,
+        )
+
+    def batches(self, consumed_samples: int) -> Iterator[Batch]:
+        """This rank's training micro-batches from there on, cut for context parallelism."""
+        layout = self.run.layout
+        assert self.run.datasets.train is not None
+        read = build_train_iterator(
+            self.run.datasets.train,
+            micro_batch_size=self.config.training.micro_batch_size,
+            dp_rank=layout.dp_rank,
+            dp_size=layout.dp_size,
+            consumed_samples=consumed_samples,
+            num_workers=self.config.data.num_workers,
+            device=self.run.device,
+        )
+        return (cut_for_context_parallel(b, cp_rank=layout.cp_rank, cp_size=layout.cp_size) for b in read)
+
+    def stepped(self, step: int, result: StepResult, seconds: float) -> None:
+        """Enter the step's figures."""
+        run, selection = self.run, self.config.selection
+        rate = run.controller.schedule.rate(step)
+        kept = kept_shape(
+            run.shape,
+            rate,
+            selection_groups=selection.selection_groups,
+            channel_multiple=selection.channel_multiple,
+            gqa=selection.gqa,
+        )
+        tokens = self.config.training.global_batch_size * self.config.model.seq_length
+        self.meter.add(
+            StepFigures(
+                step=step,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                learning_rate=result.learning_rate,
+                skipped=result.skipped,
+                seconds=seconds,
+                tokens=tokens,
+                nominal_rate=float(rate),
+                omission_rates=run.controller.omission_rates(step),
+                executed_flops=step_flops(run.shape, kept, tokens=tokens, recompute=recompute_of(self.config)),
+                dense_flops=step_flops(run.shape, whole(run.shape), tokens=tokens),
+            )
+        )
+
+    def log(self) -> None:
+        record = self.meter.record()
+        for sink in self.sinks:
+            sink.record(record)
+
+    def evaluate(self, step: int) -> None:
+        """The dense loss of every validation domain."""
+        losses = {
+            name: self.run.engine.evaluate(self._cut(batches), num_micro_batches=len(batches)).loss
+            for name, batches in self.valid.items()
+        }
+        for sink in self.sinks if losses else ():
+            sink.evaluation(step, losses, elapsed_seconds=self.meter.totals.elapsed_seconds)
+
+    def save(self, progress: Progress) -> None:
+        pass
+
+    def should_stop(self, minutes: float) -> bool:
+        """Whether ``--exit-duration-in-mins`` has passed, by rank 0's clock."""
+        limit = self.config.training.exit_duration_in_mins
+        if limit is None:
+            return False
+        passed = torch.tensor([float(minutes > limit)], device=self.run.device)
+        dist.broadcast(passed, src=0)
+        return bool(passed.item())
+
+    # -- where things go
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of ``--save``."""
+        return None if self.config.checkpoint.save is None else Path(self.config.checkpoint.save)
+
+    def _open_sinks(self) -> list[Sink]:
+        """Rank 0's console and files; none elsewhere."""
+        if dist.get_rank() != 0:
+            return []
+        sinks: list[Sink] = [Console()]
+        jsonl = self.config.logging.log_jsonl
+        path = Path(jsonl) if jsonl is not None else None if self.folder is None else self.folder / "metrics.jsonl"
+        if path is not None:
+            sinks.append(JsonLines(path, resume_step=self.progress.iteration))
+        if self.config.logging.tensorboard_dir is not None:
+            folder = Path(self.config.logging.tensorboard_dir)
+            sinks.append(TensorBoard(folder, resume_step=self.progress.iteration))
+        if self.folder is not None:
+            cli.save_resolved(self.config, self.folder / "config.yaml")
+            (self.folder / "plan.json").write_text(json.dumps(self.run.plan.as_dict(), indent=1) + "\n")
+        return sinks
+
+    def _evaluations(self, sets: dict) -> dict[str, EvaluationBatches]:
+        """By domain, what an evaluation reads: ``--eval-iters`` global batches, or all where there are fewer."""
+        training, layout = self.config.training, self.run.layout
+        return {
+            name: EvaluationBatches(
+                dataset,
+                micro_batch_size=training.micro_batch_size,
+                dp_rank=layout.dp_rank,
+                dp_size=layout.dp_size,
+                max_samples=training.eval_iters * training.global_batch_size,
+                num_workers=0,
+                device=self.run.device,
+            )
+            for name, dataset in sets.items()
+            if training.eval_iters
+        }
+
+    def _cut(self, batches: EvaluationBatches) -> Iterator[Batch]:
+        layout = self.run.layout
+        return (cut_for_context_parallel(b, cp_rank=layout.cp_rank, cp_size=layout.cp_size) for b in batches)
