@@ -3,6 +3,7 @@
 Rooms above hand over finished sentences, tables and progress; nobody else prints.
 """
 
+import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,10 +38,15 @@ _NOISE = (
 )
 
 
+_NOISY_LOGGERS = ("megatron.core.rerun_state_machine", "megatron.core.dist_checkpointing.strategies.torch")
+
+
 def quiet_libraries() -> None:
-    """Leave out warnings that megatron.core and torch give each other on every rank, and that no user can act on."""
+    """Leave out what megatron.core and torch warn each other of on every rank, and no user can act on."""
     for message in _NOISE:
         warnings.filterwarnings("ignore", message=message)
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def warn_once(text: str) -> None:

@@ -8,20 +8,23 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_sat import cli, distributed, log, plan
 from megatron_sat.build import Run, build_run, introduce, recompute_of
-from megatron_sat.config import Config
+from megatron_sat.checkpoint.folder import TRACKER
+from megatron_sat.checkpoint.header import Header
+from megatron_sat.checkpoint.resume import LoadConfig, load_checkpoint, open_checkpoint, save_checkpoint
 from megatron_sat.data.batch import Batch, EvaluationBatches, build_train_iterator, cut_for_context_parallel
 from megatron_sat.engines.base import StepResult
 from megatron_sat.model.flops import kept_shape, step_flops, whole
 from megatron_sat.sparsity.visits import save_visits
 from megatron_sat.training.loop import Extent, Moments, Progress, train
-from megatron_sat.training.metrics import Console, JsonLines, Meter, Sink, StepFigures, TensorBoard
-from megatron_sat.training.state import whole_visits
+from megatron_sat.training.metrics import Console, JsonLines, Meter, Sink, StepFigures, TensorBoard, Totals
+from megatron_sat.training.state import restore_choices, whole_choices, whole_visits
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,8 +54,8 @@ class Session:
         """Resume where there is something to resume. Raises ValueError for a checkpoint that does not fit."""
         self.run, self.config = run, run.config
         self.meter = Meter(num_devices=dist.get_world_size())
-        self.progress = Progress()
         introduce(run)
+        self.progress = self._resumed()
         plan.show(run.plan)
         self.sinks = self._open_sinks()
         self.valid = self._evaluations(run.datasets.valid)
@@ -102,7 +105,7 @@ class Session:
         return (cut_for_context_parallel(b, cp_rank=layout.cp_rank, cp_size=layout.cp_size) for b in read)
 
     def stepped(self, step: int, result: StepResult, seconds: float) -> None:
-        """Enter the step's figures."""
+        """Enter the step's figures; the time is rank 0's, so that all ranks carry the same totals."""
         run, selection = self.run, self.config.selection
         rate = run.controller.schedule.rate(step)
         kept = kept_shape(
@@ -120,7 +123,7 @@ class Session:
                 grad_norm=result.grad_norm,
                 learning_rate=result.learning_rate,
                 skipped=result.skipped,
-                seconds=seconds,
+                seconds=self._of_rank_0(seconds),
                 tokens=tokens,
                 nominal_rate=float(rate),
                 omission_rates=run.controller.omission_rates(step),
@@ -144,16 +147,76 @@ class Session:
             sink.evaluation(step, losses, elapsed_seconds=self.meter.totals.elapsed_seconds)
 
     def save(self, progress: Progress) -> None:
-        pass
+        """A checkpoint, and the visits, under ``--save``."""
+        if self.folder is None:
+            return
+        run, checkpoint = self.run, self.config.checkpoint
+        save_checkpoint(
+            self.folder,
+            trainer=run.engine,
+            header=Header(
+                iteration=progress.iteration,
+                consumed_train_samples=progress.consumed_samples,
+                tokenizer=run.tokenizer.fingerprint,
+                data=self._order,
+                config=self.config.settings,
+                extra={"totals": self.meter.totals.state()},
+            ),
+            tensors=whole_choices(run.controller.selectors, layout=run.layout),
+            layout=run.layout,
+            with_optimizer=checkpoint.save_optim,
+            with_rng=checkpoint.save_rng,
+        )
+        visits = whole_visits(run.controller.selectors, layout=run.layout)
+        if dist.get_rank() == 0:
+            save_visits(self.folder / "visits.npz", visits, steps=run.controller.selectors[0].visited_steps)
+            log.say(f"step {progress.iteration:>6} | saved to {self.folder}")
 
     def should_stop(self, minutes: float) -> bool:
         """Whether ``--exit-duration-in-mins`` has passed, by rank 0's clock."""
         limit = self.config.training.exit_duration_in_mins
         if limit is None:
             return False
-        passed = torch.tensor([float(minutes > limit)], device=self.run.device)
-        dist.broadcast(passed, src=0)
-        return bool(passed.item())
+        return self._of_rank_0(minutes) > limit
+
+    def _of_rank_0(self, number: float) -> float:
+        told = torch.tensor([number], dtype=torch.float64, device=self.run.device)
+        dist.broadcast(told, src=0)
+        return told.item()
+
+    # -- where it comes from
+
+    @property
+    def _order(self) -> dict[str, Any]:
+        """What decides which sample comes when; an exact resume needs it unchanged."""
+        return {"order": self.run.datasets.order, "global_batch_size": self.config.training.global_batch_size}
+
+    def _resumed(self) -> Progress:
+        """Load what ``--load`` names, if there is something. Raises ValueError where it does not fit."""
+        checkpoint, run = self.config.checkpoint, self.run
+        if checkpoint.load is None:
+            return Progress()
+        root = Path(checkpoint.load)
+        if not (root / TRACKER).exists() and not checkpoint.exit_on_missing_checkpoint:
+            log.say(f"{root} holds no checkpoint: this run starts afresh")
+            return Progress()
+        opened = open_checkpoint(root)
+        resumed = load_checkpoint(
+            opened,
+            trainer=run.engine,
+            layout=run.layout,
+            tokenizer=run.tokenizer.fingerprint,
+            data=self._order,
+            config=LoadConfig(
+                finetune=checkpoint.finetune,
+                no_load_optim=not checkpoint.load_optim,
+                no_load_rng=not checkpoint.load_rng,
+            ),
+        )
+        restore_choices(run.controller.selectors, saved=resumed.tensors, layout=run.layout)
+        self.meter.totals = Totals(**resumed.extra.get("totals", {}))
+        log.say(f"resumed from {opened.folder} at step {resumed.iteration}")
+        return Progress(iteration=resumed.iteration, consumed_samples=resumed.consumed_train_samples)
 
     # -- where things go
 
@@ -168,9 +231,8 @@ class Session:
             return []
         sinks: list[Sink] = [Console()]
         jsonl = self.config.logging.log_jsonl
-        path = Path(jsonl) if jsonl is not None else None if self.folder is None else self.folder / "metrics.jsonl"
-        if path is not None:
-            sinks.append(JsonLines(path, resume_step=self.progress.iteration))
+        if jsonl is not None:
+            sinks.append(JsonLines(Path(jsonl), resume_step=self.progress.iteration))
         if self.config.logging.tensorboard_dir is not None:
             folder = Path(self.config.logging.tensorboard_dir)
             sinks.append(TensorBoard(folder, resume_step=self.progress.iteration))

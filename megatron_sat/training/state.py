@@ -1,56 +1,58 @@
-"""What a run carries through its checkpoints besides weights and optimizer: where it is, what it chose, what it counted.
+"""What a run carries through its checkpoints besides weights and optimizer: its choices, sums and visits.
 
-The choice, the lagged sums and the visits run along a layer's neurons, so they are described to megatron.core's
-distributed checkpoints like weights are and come back cut for another TP size.
+They run along a layer's neurons, so a checkpoint gets them whole, gathered over TP, and each rank cuts its own part
+again, whatever the TP size is then. Replicas that choose alike hold the same; where each chooses for itself
+(``--sat-dp-selection local``), the checkpoint has the first one's.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
 from megatron_sat.distributed import Layout
 from megatron_sat.sparsity.selector import Selector
 
 
-def describe_choices(selectors: Sequence[Selector], *, layout: Layout) -> dict[str, ShardedTensor]:
-    """The selectors' state as sharded tensors, keyed ``sat.<kind>.<layer>.<name>``; cut over TP, alike over DP and CP."""
-    replica = dist.get_rank(layout.dp_cp_group)
-    described = {}
-    for selector in selectors:
-        for name, tensor in selector.state().items():
-            key = _key(selector, name)
-            if name in selector.sharded_state:
-                described[key] = ShardedTensor.from_rank_offsets(
-                    key, tensor, (0, layout.tp_rank, layout.tp_size), replica_id=(0, 0, replica)
-                )
-            else:
-                described[key] = ShardedTensor.from_rank_offsets(key, tensor, replica_id=(0, layout.tp_rank, replica))
-    return described
+def whole_choices(selectors: Sequence[Selector], *, layout: Layout) -> dict[str, Tensor]:
+    """The state of this pipeline stage's selectors, ``sat.<kind>.<layer>.<name>``, each of the whole layer; collective."""
+    mine = {_key(selector, name): tensor for selector in selectors for name, tensor in selector.state().items()}
+    shards = _gathered(mine, group=layout.tp_group)
+    along = {_key(selector, name) for selector in selectors for name in selector.sharded_state}
+    return {key: torch.cat([shard[key] for shard in shards]) if key in along else mine[key] for key in mine}
 
 
-def restore_choices(selectors: Sequence[Selector], *, state: Mapping[str, Tensor]) -> None:
-    """Hand each selector what `describe_choices` described, filled from a checkpoint."""
+def restore_choices(
+    selectors: Sequence[Selector], *, saved: Mapping[str, Tensor], layout: Layout
+) -> None:
+    """Hand each selector its part of what `whole_choices` gave. A layer that is not there starts without a choice.
+
+    Raises ValueError where a layer had another number of units.
+    """
     for selector in selectors:
-        selector.load_state({name: state[_key(selector, name)] for name in selector.state()})
+        prefix = _key(selector, "")
+        state = {key.removeprefix(prefix): tensor for key, tensor in saved.items() if key.startswith(prefix)}
+        for name in selector.sharded_state & set(state):
+            state[name] = state[name].tensor_split(layout.tp_size)[layout.tp_rank]
+        if state:
+            selector.load_state(state)
 
 
 def whole_visits(selectors: Sequence[Selector], *, layout: Layout) -> dict[str, np.ndarray]:
-    """By "kind.layer", how many steps each unit of the whole layer was kept; collective, complete on global rank 0.
+    """By "kind.layer", how many steps each unit of the model was kept; collective, the same on every rank."""
+    mine = {f"{s.place.kind}.{s.place.layer}": s.visits.cpu() for s in selectors}
+    shards = _gathered(mine, group=layout.tp_group)
+    stage = {name: torch.cat([shard[name] for shard in shards]).numpy() for name in mine}
+    return {name: visits for part in _gathered(stage, group=layout.model_group) for name, visits in part.items()}
 
-    Gathered over TP and then over the pipeline's stages.
-    """
-    own = {}
-    for selector in selectors:
-        shards: list[Any] = [None] * layout.tp_size
-        dist.all_gather_object(shards, selector.visits.cpu().numpy(), group=layout.tp_group)
-        own[f"{selector.place.kind}.{selector.place.layer}"] = np.concatenate(shards)
-    stages: list[Any] = [None] * dist.get_world_size(layout.model_group)
-    dist.all_gather_object(stages, own, group=layout.model_group)
-    return {name: visits for stage in stages for name, visits in stage.items()}
+
+def _gathered(mine: Any, *, group: dist.ProcessGroup) -> list[Any]:
+    everyone: list[Any] = [None] * group.size()
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
 
 
 def _key(selector: Selector, name: str) -> str:
