@@ -34,8 +34,11 @@ def _coloured(comparison: Comparison) -> list[tuple[Run, str]]:
 
 
 def _draw_losses(axes: Axes, comparison: Comparison, *, domain: str) -> None:
-    """Every curve begins where the start ended; a dot marks the end, whose value decides."""
+    """Every curve begins where the start ended, though it be out of the frame; a dot marks its end."""
     before = comparison.start.final_loss[domain]
+    seen = [point.loss[domain] for run in comparison.runs for point in run.validations]
+    margin = 0.08 * (max(seen) - min(seen))
+    axes.set_ylim(min(seen) - margin, max(seen) + margin)
     for run, colour in _coloured(comparison):
         points = [(point.elapsed_seconds, point.loss[domain]) for point in run.validations if point.step > 0]
         times, losses = zip((0.0, before), *points, strict=True)

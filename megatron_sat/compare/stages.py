@@ -25,7 +25,7 @@ class Stage:
     name: str
     """What the console calls it."""
     folder: Path
-    """What it fills; removed before the command begins."""
+    """What it fills, its own alone; emptied before the command begins."""
     command: tuple[str, ...]
     """Program and arguments."""
     reads: tuple[Path, ...] = ()
@@ -56,14 +56,14 @@ def run_stage(
     """Run the stage unless it is done; returns whether it ran.
 
     environment: of the command, whole. shown: which of its lines are said as they come. Raises RuntimeError
-    with the end of the log when the command fails; it is ended when this process is interrupted.
+    with the end of the log when the command fails, and ValueError where the folder holds something that no
+    stage left; the command is ended when this process is interrupted.
     """
     if stage.is_done:
         say(f"{stage.name}: done before, kept ({stage.folder})")
         return False
     say(f"{stage.name}: {' '.join(stage.command)}")
-    shutil.rmtree(stage.folder, ignore_errors=True)
-    stage.folder.mkdir(parents=True)
+    _empty(stage.folder)
     key = stage.key
     code = _run(stage, environment=environment, shown=shown, working_folder=working_folder)
     if code != 0:
@@ -102,6 +102,15 @@ def _run(
             if process.poll() is None:
                 process.terminate()
                 process.wait()
+
+
+def _empty(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()) and not (folder / LOG).exists():
+        raise ValueError(
+            f"{folder} must be empty or left by a stage, it holds other files; choose another folder"
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _tail(path: Path, *, lines: int = 25) -> str:
