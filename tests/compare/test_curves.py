@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from megatron_sat.compare import curves
 from megatron_sat.compare.curves import COLOURS, draw_curves
-from tests.compare.synthetic import comparison
+from tests.compare.synthetic import comparison, run
 
 
 @pytest.fixture
@@ -62,3 +63,12 @@ def test_the_lower_panel_steps_down_with_the_omission_rate(figure: Figure) -> No
 def test_dense_runs_have_a_nominal_rate_of_zero_and_nothing_else(figure: Figure) -> None:
     (dense,) = _of(figure.axes[2], COLOURS[0])
     assert {rate for _, rate in _points(dense)} == {0.0}
+
+
+def test_a_start_that_is_far_off_does_not_squeeze_the_curves(tmp_path: Path) -> None:
+    far = comparison(tmp_path, start=run(tmp_path, "far", zh=40.0))
+    axes = Figure().subplots()
+    curves._draw_losses(axes, far, domain="zh")
+    bottom, top = axes.get_ylim()
+    assert bottom < 5.0
+    assert 8.6 < top < 10
