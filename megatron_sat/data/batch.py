@@ -1,0 +1,172 @@
+"""From data sets to the micro-batches of one rank.
+
+A micro-batch is a dict of [b, s] tensors: ``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask``
+(fp32). Which samples a rank sees is a function of the samples consumed so far, the micro-batch size and the
+rank alone: training goes on after a resume at the next sample, also when the number of data-parallel ranks
+has changed.
+"""
+
+from collections.abc import Iterator, Sized
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+Batch = dict[str, Tensor]
+FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
+"""What a micro-batch holds; anything else that a data set tells is left behind."""
+FILLER = -1
+"""A sample that counts for nothing, where ranks must have the same number of micro-batches."""
+
+
+class MicroBatchSampler(Sampler[list[int]]):
+    """Indices of this rank's micro-batches, from sample ``consumed_samples`` on.
+
+    The sequence 0, 1, 2, ... is dealt out micro-batch by micro-batch to the ranks in turn, so any global
+    batch holds the same samples whatever dp_size is. Ends where there is no micro-batch left for every rank.
+    """
+
+    def __init__(
+        self, num_samples: int, *, micro_batch_size: int, dp_rank: int, dp_size: int, consumed_samples: int
+    ) -> None:
+        self._stop = num_samples
+        self._size = micro_batch_size
+        self._stride = micro_batch_size * dp_size
+        self._start = consumed_samples
+        self._offset = micro_batch_size * dp_rank
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for first in range(self._start, self._stop - self._stride + 1, self._stride):
+            yield list(range(first + self._offset, first + self._offset + self._size))
+
+    def __len__(self) -> int:
+        return max(0, (self._stop - self._start) // self._stride)
+
+
+def build_train_iterator(
+    dataset: Dataset,
+    *,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    consumed_samples: int,
+    num_workers: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """This rank's micro-batches of training, in order, on ``device``; [b, s] each.
+
+    consumed_samples: samples that all ranks together have trained on. num_workers: processes that read ahead.
+    Raises ValueError when the data set has no micro-batch left for every rank.
+    """
+    total = len(cast(Sized, dataset))
+    sampler = MicroBatchSampler(
+        total,
+        micro_batch_size=micro_batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        consumed_samples=consumed_samples,
+    )
+    if len(sampler) == 0:
+        raise ValueError(
+            f"consumed_samples ({consumed_samples}) must leave {micro_batch_size * dp_size} of the {total} "
+            "training samples, one micro-batch a rank; train for more iterations"
+        )
+    return _load(dataset, sampler=sampler, num_workers=num_workers, device=device)
+
+
+class EvaluationBatches:
+    """This rank's micro-batches of an evaluation: every sample once, the same number of micro-batches on each
+    rank.
+
+    The last ones are filled up with samples whose loss_mask is zero, so a sum over mask-weighted losses of
+    all ranks is exact. ``len()`` is the number of micro-batches; iterate as often as needed, always from the
+    first sample.
+    max_samples: look only at so many; None at all.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        max_samples: int | None,
+        num_workers: int,
+        device: torch.device,
+    ) -> None:
+        total = len(cast(Sized, dataset))
+        self.num_samples = total if max_samples is None else min(total, max_samples)
+        if self.num_samples < 1:
+            raise ValueError(
+                f"an evaluation must have at least one sample, got {self.num_samples}; raise --eval-iters"
+            )
+        stride = micro_batch_size * dp_size
+        filled = -(-self.num_samples // stride) * stride
+        self._dataset = _Filled(dataset, num_samples=self.num_samples)
+        self._sampler = MicroBatchSampler(
+            filled, micro_batch_size=micro_batch_size, dp_rank=dp_rank, dp_size=dp_size, consumed_samples=0
+        )
+        self._num_workers, self._device = num_workers, device
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _load(self._dataset, sampler=self._sampler, num_workers=self._num_workers, device=self._device)
+
+
+class _Filled(Dataset[Batch]):
+    """The first samples of a data set, and behind them fillers without end."""
+
+    def __init__(self, dataset: Dataset, *, num_samples: int) -> None:
+        self._dataset, self._num_samples = dataset, num_samples
+
+    def __getitem__(self, index: int) -> Batch:
+        if index < self._num_samples:
+            return self._dataset[index]
+        sample = self._dataset[0]
+        return {**sample, "loss_mask": torch.zeros_like(sample["loss_mask"])}
+
+
+def cut_for_context_parallel(batch: Batch, *, cp_rank: int, cp_size: int) -> Batch:
+    """This context-parallel rank's part of a micro-batch: chunks r and 2·cp − 1 − r of 2·cp, so that causal
+    attention costs every rank the same.
+
+    batch: [b, s] tensors. Returns [b, s/cp] tensors. Raises ValueError when 2·cp does not divide s.
+    """
+    if cp_size == 1:
+        return batch
+    cut = {}
+    for name, whole in batch.items():
+        length = whole.shape[1]
+        if length % (2 * cp_size):
+            raise ValueError(
+                f"seq_length ({length}) must be a multiple of 2 x context-parallel size = {2 * cp_size}; "
+                f"try --seq-length {length // (2 * cp_size) * 2 * cp_size or 2 * cp_size}"
+            )
+        chunks = whole.chunk(2 * cp_size, dim=1)
+        cut[name] = torch.cat((chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]), dim=1)
+    return cut
+
+
+def _load(
+    dataset: Dataset, *, sampler: MicroBatchSampler, num_workers: int, device: torch.device
+) -> Iterator[Batch]:
+    on_gpu = device.type == "cuda"
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        pin_memory=on_gpu,
+        multiprocessing_context="fork" if num_workers else None,  # data sets hold memory maps and tokenizers
+        generator=torch.Generator(),  # the default one is the model's dropout's, and would be drawn from
+    )
+    for batch in loader:
+        yield {name: tensor.to(device, non_blocking=on_gpu) for name, tensor in batch.items()}
+
+
+def _collate(samples: list[Batch]) -> Batch:
+    return {name: torch.stack([sample[name] for sample in samples]) for name in FIELDS}

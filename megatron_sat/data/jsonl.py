@@ -1,0 +1,136 @@
+"""Lines of text files, plain or compressed, and which files they are. Knows nothing of JSON or tokens.
+
+Compression goes by the name: .gz, .xz, .zst, else none. A file that ends too early is an error that names the
+line.
+"""
+
+import glob
+import gzip
+import hashlib
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import zstandard
+
+from megatron_sat.data.side_file import Source
+
+_READ = 1 << 17
+"""Bytes read at a time; small, because a tight .zst may grow a thousandfold."""
+
+
+def find_inputs(patterns: Sequence[str]) -> list[Path]:
+    """The files that paths and globs name: in the order given, those of a glob by name.
+
+    Raises ValueError for a path that does not exist, a glob without a match, and a file named twice.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207  takes absolute ones
+        if not matches:
+            raise ValueError(f"--input must name existing files, {pattern} matches none; check the path")
+        found += [Path(match) for match in matches]
+    if not found:
+        raise ValueError("--input must name at least one file, got none; add a .jsonl file")
+    for path in found:
+        if path.is_dir():
+            raise ValueError(f"--input must name files, {path} is a folder; write '{path}/*.jsonl'")
+        if found.count(path) > 1:
+            raise ValueError(
+                f"--input must name a file once, {path} is named {found.count(path)} times; drop one"
+            )
+    return found
+
+
+def describe(path: Path, *, advance: Callable[[int], None]) -> Source:
+    """Size and sha256 of a file as it lies on disk; ``advance`` is told the bytes as they are read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+            advance(len(data))
+        return Source(path=str(path), bytes=file.tell(), sha256=digest.hexdigest())
+
+
+class Lines:
+    """The lines of one file, without their line ends, and how far the file on disk has been read.
+
+    Iterate once. Raises ValueError, naming the line, where the compressed file is damaged or ends too early.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read = self._told = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        number = 0
+        try:
+            with self.path.open("rb") as raw:
+                for line in _split(self._count(raw)):
+                    number += 1
+                    yield line
+        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+            raise ValueError(
+                f"{self.path} must be a whole {self.path.suffix} file, it is damaged after line {number}: "
+                f"{error}; fetch it again"
+            ) from error
+
+    def newly_read(self) -> int:
+        """Bytes of the file on disk that were read since the last call; for a progress bar."""
+        new, self._told = self._read - self._told, self._read
+        return new
+
+    def _count(self, raw: BinaryIO) -> Iterator[bytes]:
+        for chunk in _OPENERS.get(self.path.suffix, _plain)(raw):
+            self._read = raw.tell()
+            yield chunk
+
+
+def _split(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines of a stream of chunks; the last one may lack its end. A CR before the LF goes with it."""
+    begun: list[bytes] = []
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        begun.append(first)
+        for other in others:
+            yield b"".join(begun).removesuffix(b"\r")
+            begun = [other]
+    if rest := b"".join(begun):
+        yield rest.removesuffix(b"\r")
+
+
+def _plain(raw: BinaryIO) -> Iterator[bytes]:
+    while chunk := raw.read(_READ):
+        yield chunk
+
+
+def _gzip(raw: BinaryIO) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=raw) as stream:
+        while chunk := stream.read(_READ):
+            yield chunk
+
+
+def _xz(raw: BinaryIO) -> Iterator[bytes]:
+    with lzma.LZMAFile(raw) as stream:
+        while chunk := stream.read(_READ):
+            yield chunk
+
+
+def _zstd(raw: BinaryIO) -> Iterator[bytes]:
+    """Frame by frame, because zstandard's own reader takes a truncated file for a short one."""
+    unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)  # as `zstd --long=31` writes
+    frame = None
+    while data := raw.read(_READ):
+        while data:
+            frame = frame or unpacker.decompressobj()
+            yield frame.decompress(data)
+            data = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame is not None:
+        raise EOFError("the last frame has no end")
+
+
+_OPENERS: dict[str, Callable[[BinaryIO], Iterator[bytes]]] = {".gz": _gzip, ".xz": _xz, ".zst": _zstd}
