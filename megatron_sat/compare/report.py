@@ -64,7 +64,7 @@ def columns(comparison: Comparison) -> list[str]:
     """Heads of the table."""
     losses = [f"{domain} loss" for domain in comparison.domains]
     bits = [f"{domain} bits/char" for domain in _domains_in_bits(comparison)]
-    return ["run", *losses, *bits, "steps", "training s", "tokens/s", "executed FLOPs", "mean omission"]
+    return ["run", *losses, *bits, "steps", "training s", "tokens/s", "executed FLOPs"]
 
 
 def rows(comparison: Comparison) -> list[list[str]]:
@@ -82,7 +82,6 @@ def _row(run: Run, comparison: Comparison) -> list[str]:
         f"{run.seconds:.1f}",
         f"{run.tokens_per_second:,.0f}",
         f"{run.executed_flops:.3g}",
-        f"{mean_omission(run):.3f}",
     ]
 
 
@@ -103,16 +102,6 @@ def _domains_in_bits(comparison: Comparison) -> list[str]:
 def bits_per_character(loss: float, *, tokens_per_character: float) -> float:
     """A loss in nats a token, as bits a character of the text that the tokens are."""
     return loss * tokens_per_character / math.log(2)
-
-
-def mean_omission(run: Run) -> float:
-    """Mean nominal omission rate over the run's steps; a window counts with the rate of its last step."""
-    steps = [0, *(window.step for window in run.windows)]
-    omitted = sum(
-        window.nominal_omission_rate * (window.step - before)
-        for before, window in zip(steps, run.windows, strict=False)
-    )
-    return omitted / run.steps
 
 
 def verdicts(comparison: Comparison) -> list[str]:

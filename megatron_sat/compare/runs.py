@@ -103,7 +103,7 @@ def read_run(folder: Path, *, name: str) -> Run:
     """
     path = folder / METRICS
     if not path.is_file():
-        raise ValueError(f"{folder} must hold the {METRICS} of a run, it does not; train with --log-dir")
+        raise ValueError(f"{folder} must hold the {METRICS} of a run, it does not; train with --save")
     lines = path.read_text().splitlines()
     entries = [_parse(line, path=path, number=number) for number, line in enumerate(lines, 1)]
     return Run(
