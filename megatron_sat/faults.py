@@ -115,6 +115,23 @@ def _group_identifiers() -> None:
     distrib_optimizer.param_group_identifier_keys = wider
 
 
+def _momentum_to_load() -> None:
+    true = plain_optimizer.MegatronOptimizer.__init__
+
+    def momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+        for group in optimizer.param_groups:
+            for main in group["params"]:
+                if group["momentum"] and not optimizer.state[main]:
+                    optimizer.state[main]["momentum_buffer"] = torch.zeros_like(main.data)
+
+    @functools.wraps(true)
+    def init(self: Any, optimizer: Any, config: Any, init_state_fn: Any = None) -> None:
+        lacks = init_state_fn is None and isinstance(optimizer, torch.optim.SGD)
+        true(self, optimizer, config, momentum if lacks else init_state_fn)
+
+    plain_optimizer.MegatronOptimizer.__init__ = init
+
+
 def _no_makefile() -> bool:
     return importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
 
@@ -170,6 +187,15 @@ FAULTS: tuple[Fault, ...] = (
         "group takes the learning rate of the body, or the other way round",
         until="may go with 0.16: 0.19 pairs by max_lr and min_lr too",
         repair=_group_identifiers,
+    ),
+    Fault(
+        name="SGD cannot be loaded",
+        library="megatron-core",
+        versions=">=0.16.1,<0.20",
+        what="--optimizer sgd gets no function that makes its state, and loading a checkpoint calls it: "
+        "TypeError: 'NoneType' object is not callable",
+        until="may go when a resumed run with SGD equals an uninterrupted one",
+        repair=_momentum_to_load,
     ),
     Fault(
         name="compile_helpers exits",

@@ -1,6 +1,7 @@
 """Each fault is shown as the library has it, then gone with its repair."""
 
 import inspect
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def undo() -> None:
     for owner, function in (
         (DistributedOptimizer, "state_dict"),
         (DistributedOptimizer, "_set_main_param_and_optimizer_states"),
+        (plain_optimizer.MegatronOptimizer, "__init__"),
         (dataset_utils, "compile_helpers"),
     ):
         setattr(owner, function, inspect.unwrap(getattr(owner, function)))
@@ -161,6 +163,28 @@ def test_groups_of_different_rates_are_told_apart_with_the_repair_and_by_newer_v
     fault = named("parameter groups told apart without their rates")
     assert run_ranks(paired, 1) == [[2.0, 2.0] if fault.present() else [1.0, 2.0]]
     assert run_ranks(paired, 1, fault.name) == [[1.0, 2.0]]
+
+
+def sgd_again(rank: int, *names: str) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Two steps with SGD after a load of what two steps gave, and the same without the load."""
+    repair("checkpoint writer's manager process", *names)
+    settings: dict[str, Any] = {"optim": {"optimizer": "sgd"}}
+    engine, layout = make_engine(**settings)
+    train(engine, layout, steps=range(2))
+    how = {"with_optimizer": True, "content_metadata": engine.content_metadata}
+    with tempfile.TemporaryDirectory() as folder:
+        dist_checkpointing.save(engine.sharded_state_dict(is_loading=False, **how), folder)
+        other, layout = make_engine(**settings)
+        state = dist_checkpointing.load(other.sharded_state_dict(is_loading=True, **how), folder)
+    other.load_state_dict(state, with_optimizer=True)
+    return train(other, layout, steps=range(2, 4)), train(engine, layout, steps=range(2, 4))
+
+
+def test_sgd_can_be_loaded_only_with_the_repair() -> None:
+    with pytest.raises(RuntimeError, match="TypeError: 'NoneType' object is not callable"):
+        run_ranks(sgd_again, 1)
+    loaded, uninterrupted = run_ranks(sgd_again, 1, "SGD cannot be loaded")[0]
+    assert loaded == uninterrupted
 
 
 def compiles(rank: int, *names: str) -> str:

@@ -1,0 +1,103 @@
+"""Where checkpoints lie, laid out as Megatron-LM does, and which of them are whole.
+
+    SAVE/iter_0000100/                      one checkpoint
+    SAVE/latest_checkpointed_iteration.txt  the newest, written last
+
+A checkpoint is written under another name and renamed when it is whole, so a crash leaves no half of one that
+looks like one. Everything here runs in one process; who calls it on many ranks lets one of them do it."""
+
+import re
+import shutil
+from pathlib import Path
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+_NAME = re.compile(r"iter_(\d{7,})")
+_UNFINISHED = ".unfinished"
+
+
+def folder_of(root: Path, iteration: int) -> Path:
+    """The folder of one checkpoint."""
+    return root / f"iter_{iteration:07d}"
+
+
+def unfinished_of(root: Path, iteration: int) -> Path:
+    """The folder that a checkpoint is written into before it has its name."""
+    return root / f"iter_{iteration:07d}{_UNFINISHED}"
+
+
+def iterations(root: Path) -> list[int]:
+    """Iterations of the checkpoints under `root` that were written to their end, in order."""
+    if not root.is_dir():
+        return []
+    named = ((_NAME.fullmatch(path.name), path) for path in root.iterdir())
+    return sorted(int(match[1]) for match, path in named if match and (path / "metadata.json").is_file())
+
+
+def has_checkpoint(root: Path) -> bool:
+    """Whether a run ever finished a checkpoint here."""
+    return (root / TRACKER).is_file()
+
+
+def find(root: Path, *, step: int | None) -> tuple[Path, int | None]:
+    """The folder of the checkpoint of iteration `step` (None: the newest), and its iteration (None: a
+    release).
+
+    Raises ValueError, naming what is there, when there is none or it was never finished.
+    """
+    if step is None:
+        step = _newest(root)
+    folder = root / RELEASE if step is None else folder_of(root, step)
+    if not (folder / "metadata.json").is_file():
+        state = "was never finished" if folder.is_dir() else "is not there"
+        raise ValueError(f"--load needs a whole checkpoint, {folder} {state}; {_whole(root)}")
+    return folder, step
+
+
+def _newest(root: Path) -> int | None:
+    tracker = root / TRACKER
+    if not tracker.is_file():
+        hint = _whole(root)
+        if _NAME.fullmatch(root.name) and has_checkpoint(root.parent):
+            hint = f"try --load {root.parent} --ckpt-step {int(root.name.removeprefix('iter_'))}"
+        raise ValueError(f"--load must be a folder with {TRACKER}, {root} has none; {hint}")
+    text = tracker.read_text().strip()
+    if text == RELEASE:
+        return None
+    if not text.isdigit():
+        raise ValueError(
+            f"{tracker} must hold an iteration or '{RELEASE}', got {text[:40]!r}; {_whole(root)}"
+        )
+    return int(text)
+
+
+def _whole(root: Path) -> str:
+    there = iterations(root)
+    if not there:
+        return "there is no whole checkpoint beside it: start without --load"
+    return f"whole ones: {', '.join(map(str, there[-5:]))}; choose with --ckpt-step"
+
+
+def begin(root: Path, iteration: int) -> Path:
+    """An empty folder to write a checkpoint into; what earlier crashes left unfinished goes."""
+    root.mkdir(parents=True, exist_ok=True)
+    for path in root.glob(f"iter_*{_UNFINISHED}"):
+        shutil.rmtree(path)
+    folder = unfinished_of(root, iteration)
+    folder.mkdir()
+    return folder
+
+
+def finish(root: Path, iteration: int, *, keep_last: int | None) -> None:
+    """Give a written checkpoint its name, point the tracker at it, and drop all but the `keep_last`
+    newest."""
+    folder = folder_of(root, iteration)
+    if folder.exists():
+        shutil.rmtree(folder)
+    unfinished_of(root, iteration).rename(folder)
+    draft = root / f"{TRACKER}{_UNFINISHED}"
+    draft.write_text(str(iteration))
+    draft.replace(root / TRACKER)
+    if keep_last is not None:
+        for old in [i for i in iterations(root) if i != iteration][: -(keep_last - 1) or None]:
+            shutil.rmtree(folder_of(root, old))
