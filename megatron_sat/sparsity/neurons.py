@@ -37,7 +37,7 @@ class Kept:
     def omitted(self) -> Tensor:
         """[units - k] int64, ascending: the units that sit this step out."""
         takes_part = torch.zeros(self.units, dtype=torch.int8, device=self.index.device)
-        takes_part[self.index] = 1
+        takes_part.index_fill_(0, self.index, 1)
         # a stable sort, not nonzero(): how many there are is known, so a GPU need not be waited for
         return takes_part.argsort(stable=True)[: self.units - self.count]
 

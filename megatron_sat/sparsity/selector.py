@@ -142,9 +142,12 @@ class Selector:
         The next step's pair says whether this one must leave sums behind (``lagged``).
         """
         self._wanted = self._key(rate, draw)
-        lagged = self.config.statistics == "lagged" and self._metric.needs != "nothing"
-        self._measures = lagged and self._key(next_rate, next_draw) not in (None, self._wanted)
+        lagged, weights_alone = self.config.statistics == "lagged", self._metric.needs == "nothing"
+        following = self._key(next_rate, next_draw)
+        self._measures = lagged and not weights_alone and following not in (None, self._wanted)
         sums, self._sums = self._sums, None  # they are the last step's: older ones are never used
+        if lagged and weights_alone:
+            sums = torch.ones(1)  # of no tokens: there is nothing to wait for
         if self._must_choose and sums is not None:
             self._choose(sums)
 

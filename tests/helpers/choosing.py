@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from megatron_sat.sparsity.controller import Entry
 from megatron_sat.sparsity.importance import METRICS, Needs
-from megatron_sat.sparsity.neurons import Channels, Heads, Neurons
+from megatron_sat.sparsity.neurons import Channels, Heads, Kept, Neurons
 from megatron_sat.sparsity.selector import Place, SelectionConfig, Selector, Weights
 
 WIDTH, CHANNELS, GROUPS, PER_GROUP, HEAD_DIM = 6, 16, 8, 2, 2
@@ -42,6 +42,7 @@ class SmallModule:
         num_shards: int = 1,
         multiple: int = 1,
         others: Tensor | None = None,
+        device: str = "cpu",
         **settings: Any,
     ) -> None:
         """The ``shard``-th of ``num_shards`` equal parts. others: what ranks with other tokens would measure.
@@ -60,9 +61,9 @@ class SmallModule:
         else:
             whole_columns = GROUPS * head_columns
             fused = random(GROUPS, (PER_GROUP + 2) * HEAD_DIM, WIDTH, seed=2).chunk(num_shards)[shard]
-        self.column = Parameter(fused.reshape(-1, WIDTH).clone())
-        self.row = Parameter(random(WIDTH, whole_columns, seed=3)[:, part].clone())
-        self._inner = random(WIDTH, whole_columns, seed=4)[:, part]
+        self.column = Parameter(fused.reshape(-1, WIDTH).to(device, copy=True))
+        self.row = Parameter(random(WIDTH, whole_columns, seed=3)[:, part].to(device, copy=True))
+        self._inner = random(WIDTH, whole_columns, seed=4)[:, part].to(device)
         self._others = others
         self.asked: list[Needs] = []
         """What sums were added over ranks, in order."""
@@ -109,14 +110,18 @@ class SmallModule:
 
     def forward(self, tokens: Tensor) -> list[int] | None:
         """One micro-batch: what it computes, None for everything."""
+        kept = self.kept(tokens)
+        return None if kept is None else kept.index.tolist()
+
+    def kept(self, tokens: Tensor) -> Kept | None:
+        """As `forward`, left on the module's device."""
 
         def dense_forward() -> Tensor:
             self.dense_forwards += 1
             assert not torch.is_grad_enabled()
             return self.activations(tokens)
 
-        kept = self.chooser.kept(tokens, dense_forward)
-        return None if kept is None else kept.index.tolist()
+        return self.chooser.kept(tokens, dense_forward)
 
     @property
     def chooser(self) -> Selector:

@@ -1,7 +1,11 @@
 """The metrics against their equations written as loops: signed, in fp32, and as sums that ranks can add."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_sat.sparsity import importance
 from megatron_sat.sparsity.importance import METRICS
@@ -149,6 +153,36 @@ def test_rows_scored_a_block_at_a_time_score_as_all_at_once(metric, monkeypatch)
     monkeypatch.setattr(importance, "ROWS_AT_ONCE", 3)
 
     torch.testing.assert_close(scores_of(metric, weight, tokens), whole, **FP32_SUMS)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(-(2**24) + 1, 2**24 - 1), st.integers(-80, 80))
+def test_three_bf16_parts_add_up_to_an_fp32_number_exactly(mantissa, exponent):
+    vector = torch.tensor([math.ldexp(mantissa, exponent)])
+    parts = importance.bf16_parts(vector)
+
+    assert parts.dtype == torch.bfloat16
+    assert parts.double().sum().item() == vector.item()
+
+
+def test_two_bf16_parts_would_not_do():
+    vector = random(100)
+
+    assert (importance.bf16_parts(vector)[:2].double().sum(0) != vector).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("shape", [(7, 6), (48, 320)])
+def test_bf16_weights_on_a_gpu_score_as_the_loops_say(metric, shape):
+    weight, tokens = random(*shape, dtype=torch.bfloat16), tokens_of(shape[1], dtype=torch.bfloat16)
+    on_gpu = scores_of(metric, weight.cuda(), tokens.cuda())
+    flat = tokens.view(-1, shape[1])
+    by_rows = metric != "contribution"
+    literal = literal_scores(metric, weight, flat) if by_rows else literal_contribution(weight, flat)
+
+    assert on_gpu.dtype == torch.float32
+    assert close(on_gpu.cpu(), literal)
 
 
 @pytest.mark.parametrize("whole_groups", [True, False])

@@ -123,10 +123,17 @@ def test_lagged_sums_older_than_a_step_are_never_used():
 
 
 @pytest.mark.parametrize("importance", ["uniform", "magnitude"])
-def test_metrics_without_tokens_have_nothing_to_lag(importance):
+def test_a_lagged_metric_of_weights_alone_chooses_before_any_forward_even_in_the_first_step(importance):
     lagged, fresh = (SmallModule(statistics=kind, importance=importance) for kind in ("lagged", "fresh"))
+    early = []
+    for step in (1, 2):
+        with in_step(lagged, step) as selector:
+            assert selector.choice is not None
+            early.append(selector.choice.index.tolist())
+            assert lagged.forward(tokens_of(step)) == early[-1]
 
-    assert [choose(lagged, step) for step in (1, 2)] == [choose(fresh, step) for step in (1, 2)]
+    assert early == [choose(fresh, step) for step in (1, 2)]
+    assert lagged.asked == []
 
 
 @pytest.mark.parametrize("statistics", ["fresh", "lagged"])

@@ -99,6 +99,20 @@ def test_a_state_cut_for_another_tp_size_goes_on_alike(kind, gqa, before, after,
     assert torch.equal(*chosen)
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 4), (4, 2)])
+@pytest.mark.parametrize(("kind", "gqa"), KINDS)
+def test_a_choice_held_in_mid_interval_is_held_at_another_tp_size(kind, gqa, before, after):
+    saved = [after_two_steps(kind, gqa=gqa, shard=s, num_shards=before) for s in range(before)]
+    whole = joined(saved)
+    resumed = [SmallModule(kind, gqa=gqa, shard=s, num_shards=after) for s in range(after)]
+    for part in resumed:
+        part.chooser.load_state(cut_for(part, whole))
+        choose(part, 3, number=99, interval=3)
+
+    assert torch.equal(joined(resumed)["kept"], whole["kept"])
+    assert [part.asked for part in resumed] == [[]] * after
+
+
 @pytest.mark.parametrize("changed", [{"selection_groups": 2}, {"selection_groups": 8}])
 def test_a_choice_made_under_other_quotas_is_dropped(changed):
     resumed = SmallModule(**changed)
