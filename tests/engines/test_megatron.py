@@ -9,9 +9,10 @@ from torch import Tensor
 
 from megatron_sat.engines.base import StepResult
 from tests.helpers import plain_engine
-from tests.helpers.plain_engine import MICRO_BATCHES, make_engine, train, weights
+from tests.helpers.plain_engine import MICRO_BATCHES, batches_of, make_engine, train, weights
 from tests.helpers.plain_gpt import MICRO, make_batches
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny import tiny_chunks
 
 STEPS = range(4)
 LOSS, NORM = 2e-6, 5e-6  # fp32, other orders of summation; measured at most 2e-7 and 1e-6
@@ -40,8 +41,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def run(rank: int, settings: dict[str, Any]) -> dict[str, Any]:
     engine, layout = make_engine(**settings)
     steps = train(engine, layout, steps=STEPS)
-    batches = make_batches(99, total=MICRO_BATCHES, ranks=layout.dp_size, rank=layout.dp_rank)
-    evaluation = engine.evaluate(batches, num_micro_batches=MICRO_BATCHES // layout.dp_size)
+    evaluation = engine.evaluate(batches_of(99, layout), num_micro_batches=MICRO_BATCHES // layout.dp_size)
     after = train(engine, layout, steps=range(4, 5))
     return {"steps": steps + after, "evaluation": (evaluation.loss, evaluation.num_tokens)}
 
@@ -71,6 +71,30 @@ def test_tied_embeddings_train_alike_on_two_pipeline_stages_and_on_one() -> None
     one = run_ranks(run, 1, {"tied": True})[0]
     two = run_ranks(run, 2, {"tied": True, "pp": 2})[0]
     assert max(far(two, other=one)) < NORM
+
+
+CONTEXT: dict[str, tuple[int, dict[str, Any]]] = {
+    "cp 2": (2, {"cp": 2}),
+    "cp 2, dp 2, distributed optimizer": (4, {"cp": 2, "ddp": LATE}),
+    "cp 2, tp 2, sequence parallel": (4, {"cp": 2, "tp": 2, "model": {"sequence_parallel": True}}),
+}
+
+
+@pytest.fixture(scope="module")
+def alone_on_own_layers() -> dict[str, Any]:
+    return run_ranks(run, 1, {"build": tiny_chunks})[0]
+
+
+@pytest.mark.parametrize("layout", CONTEXT)
+def test_context_parallelism_trains_like_one_process(
+    layout: str, alone_on_own_layers: dict[str, Any]
+) -> None:
+    ranks, settings = CONTEXT[layout]
+    answers = run_ranks(run, ranks, {"build": tiny_chunks, **settings})
+    assert all(answer == answers[0] for answer in answers), "ranks must report the same"
+    loss, norm = far(answers[0], other=alone_on_own_layers)
+    assert loss < LOSS
+    assert norm < NORM
 
 
 def test_another_model_is_told_apart(alone: dict[str, Any]) -> None:
