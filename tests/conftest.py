@@ -1,4 +1,4 @@
-"""Before anything of megatron is imported: the CPU plays the GPU, and one thread so that ranks can be forked."""
+"""Before megatron is imported: the CPU plays the GPU, and one thread so that ranks can be forked."""
 
 import os
 

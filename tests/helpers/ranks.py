@@ -1,4 +1,4 @@
-"""Several gloo ranks in a test: forked from the process that has already imported everything (1 s, not 15)."""
+"""Several gloo ranks in a test: forked from the process that has imported everything (1 s, not 15)."""
 
 import contextlib
 import io
@@ -9,13 +9,14 @@ import signal
 import tempfile
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 
-def _child(rank: int, size: int, store: str, timeout: int, out: int, fn: Callable[..., Any], args: tuple, kw: dict) -> None:
+def _child(rank: int, size: int, store: str, timeout: int, out: int, call: Callable[[], Any]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     signal.alarm(timeout)
@@ -23,9 +24,11 @@ def _child(rank: int, size: int, store: str, timeout: int, out: int, fn: Callabl
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
-            answer = (True, fn(rank, *args, **kw))
+            answer = (True, call())
+        if dist.is_initialized():
+            dist.barrier()  # a rank that left now would break off groups that the others still make
         payload = pickle.dumps(answer)
-    except BaseException:  # the parent shows it, whatever it is
+    except BaseException:  # noqa: BLE001  the parent shows it, whatever it is
         answer = (False, traceback.format_exc())
         payload = pickle.dumps(answer)
     multiprocessing.util._exit_function()  # os._exit skips what atexit would do for its children
@@ -37,7 +40,8 @@ def _child(rank: int, size: int, store: str, timeout: int, out: int, fn: Callabl
 def run_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout: int = 120, **kw: Any) -> list[Any]:
     """Run ``fn(rank, *args, **kw)`` on n forked gloo ranks; the list of what they return, by rank.
 
-    The default process group exists, megatron's parallel_state does not. Raises RuntimeError with every failed rank's traceback.
+    The default process group exists, megatron's parallel_state does not. Raises RuntimeError with the
+    traceback of every rank that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
@@ -47,7 +51,7 @@ def run_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout: int = 120, **
             pid = os.fork()
             if pid == 0:
                 os.close(reader)
-                _child(rank, n, store, timeout, writer, fn, args, kw)
+                _child(rank, n, store, timeout, writer, partial(fn, rank, *args, **kw))
             os.close(writer)
             pids.append(pid)
             pipes.append(reader)
@@ -55,7 +59,8 @@ def run_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout: int = 120, **
         for reader in pipes:
             with os.fdopen(reader, "rb") as pipe:
                 payload = pipe.read()
-            answers.append(pickle.loads(payload) if payload else (False, f"died without a word (alarm after {timeout} s?)"))
+            silence = (False, f"died without a word (alarm after {timeout} s?)")
+            answers.append(pickle.loads(payload) if payload else silence)
         for pid in pids:
             os.waitpid(pid, 0)
     failed = [f"rank {rank}:\n{answer}" for rank, (ok, answer) in enumerate(answers) if not ok]
