@@ -97,7 +97,10 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The two matrices a module's neurons lie in, read when scores are wanted."""
+    """The two matrices a module's neurons lie in, read when scores are wanted.
+
+    They must then be whole: who gives them waits for what other ranks still send.
+    """
 
     column: Callable[[], Tensor]
     """fc1 or qkv, [rows, h]: a neuron is some of its rows."""
