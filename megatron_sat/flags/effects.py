@@ -1,0 +1,226 @@
+"""Settings that do nothing beside others. The method's are refused when given; Megatron-LM's, which its own
+trainer passes over in silence, are remarked upon. A printed configuration leaves them all out.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from megatron_sat.flags import sat
+from megatron_sat.flags.flag import Flag, Settings, dashed
+from megatron_sat.flags.table import table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Some settings, and when they do nothing."""
+
+    keys: str
+    """Patterns of keys."""
+    idle: Callable[[Settings], bool]
+    beside: str
+    """What makes them idle, after "have no effect"."""
+
+    def found(self, settings: Settings) -> list[str]:
+        """The keys that do nothing under ``settings``."""
+        if not self.idle(settings):
+            return []
+        return [key for key in settings if any(fnmatchcase(key, pattern) for pattern in self.keys.split())]
+
+
+def grouped_queries(settings: Settings) -> bool:
+    """Whether query groups and heads are two things."""
+    return (
+        settings["group_query_attention"] and settings["num_query_groups"] != settings["num_attention_heads"]
+    )
+
+
+_SCORED_BY_TOKENS = ("wanda", "maxip", "contribution")
+_SCORED_BY_ROWS = ("magnitude", "wanda", "maxip")
+
+METHOD: tuple[Rule, ...] = (
+    Rule(
+        keys=" ".join(
+            flag.key for flag in sat.METHOD if flag.key not in ("sat_schedule", "sat_omission_rate")
+        ),
+        idle=lambda s: s["sat_schedule"] == "none",
+        beside="with --sat-schedule none, which is dense",
+    ),
+    Rule(
+        keys="sat_temperature sat_seed",
+        idle=lambda s: s["sat_selection"] != "sampling",
+        beside="with --sat-selection top-k, which draws nothing",
+    ),
+    Rule(
+        keys="sat_swiglu_score",
+        idle=lambda s: not s["swiglu"] and not s["quick_geglu"],
+        beside="without --swiglu",
+    ),
+    Rule(
+        keys="sat_swiglu_score",
+        idle=lambda s: s["sat_importance"] not in _SCORED_BY_ROWS,
+        beside="with --sat-importance uniform or contribution, which score no row of the gate",
+    ),
+    Rule(
+        keys="sat_statistics sat_dp_selection",
+        idle=lambda s: s["sat_importance"] not in _SCORED_BY_TOKENS,
+        beside="with --sat-importance uniform or magnitude, which look at no token",
+    ),
+    Rule(
+        keys="sat_gqa",
+        idle=lambda s: not grouped_queries(s),
+        beside="without --group-query-attention and fewer --num-query-groups than heads",
+    ),
+)
+"""The method's settings."""
+
+MEGATRON: tuple[Rule, ...] = (
+    Rule(
+        keys="num_query_groups",
+        idle=lambda s: not s["group_query_attention"],
+        beside="without --group-query-attention",
+    ),
+    Rule(
+        keys="rotary_* use_rope_scaling rope_scaling_factor apply_rope_fusion no_rope_freq",
+        idle=lambda s: s["position_embedding_type"] != "rope",
+        beside="without --position-embedding-type rope",
+    ),
+    Rule(
+        keys="rope_scaling_factor",
+        idle=lambda s: not s["use_rope_scaling"],
+        beside="without --use-rope-scaling",
+    ),
+    Rule(keys="bias_swiglu_fusion", idle=lambda s: not s["swiglu"], beside="without --swiglu"),
+    Rule(
+        keys="bias_gelu_fusion",
+        idle=lambda s: s["swiglu"] or s["squared_relu"] or not s["add_bias_linear"],
+        beside="with --swiglu, --squared-relu or --disable-bias-linear",
+    ),
+    Rule(
+        keys="make_vocab_size_divisible_by pad_vocab_size",
+        idle=lambda s: s["padded_vocab_size"] is not None,
+        beside="with --padded-vocab-size",
+    ),
+    Rule(keys="lr_*_samples", idle=lambda s: s["train_samples"] is None, beside="without --train-samples"),
+    Rule(keys="lr_*_iters", idle=lambda s: s["train_iters"] is None, beside="without --train-iters"),
+    Rule(keys="lr_wsd_*", idle=lambda s: s["lr_decay_style"] != "WSD", beside="without --lr-decay-style WSD"),
+    Rule(
+        keys="loss_scale* initial_loss_scale min_loss_scale hysteresis",
+        idle=lambda s: not s["fp16"],
+        beside="without --fp16",
+    ),
+    Rule(keys="adam_*", idle=lambda s: s["optimizer"] in ("sgd", "lion"), beside="with this --optimizer"),
+    Rule(keys="sgd_momentum", idle=lambda s: s["optimizer"] != "sgd", beside="without --optimizer sgd"),
+    Rule(keys="muon_*", idle=lambda s: "muon" not in s["optimizer"], beside="without --optimizer muon"),
+    Rule(keys="lion_*", idle=lambda s: s["optimizer"] != "lion", beside="without --optimizer lion"),
+    Rule(keys="soap_*", idle=lambda s: s["optimizer"] != "soap", beside="without --optimizer soap"),
+    Rule(
+        keys="adaptive_muon_*",
+        idle=lambda s: s["optimizer"] != "adaptive_muon",
+        beside="without --optimizer adaptive_muon",
+    ),
+    Rule(
+        keys="sequence_parallel",
+        idle=lambda s: s["tensor_model_parallel_size"] == 1,
+        beside="at --tensor-model-parallel-size 1",
+    ),
+    Rule(
+        keys="overlap_p2p_comm* align_param_gather microbatch_group_size_per_vp_stage",
+        idle=lambda s: s["num_virtual_stages_per_pipeline_rank"] is None,
+        beside="without an interleaved pipeline (--num-virtual-stages-per-pipeline-rank)",
+    ),
+    Rule(
+        keys="pipeline_model_parallel_comm_backend batch_p2p_sync use_ring_exchange_p2p account_for_*",
+        idle=lambda s: s["pipeline_model_parallel_size"] == 1,
+        beside="at --pipeline-model-parallel-size 1",
+    ),
+    Rule(
+        keys="num_virtual_stages_per_pipeline_rank",
+        idle=lambda s: s["pipeline_model_parallel_layout"] is not None,
+        beside="with --pipeline-model-parallel-layout, which says it",
+    ),
+    Rule(
+        keys="recompute_[!g]* distribute_saved_activations",
+        idle=lambda s: s["recompute_granularity"] is None,
+        beside="without --recompute-granularity",
+    ),
+    Rule(
+        keys="cpu_offloading_[!n]*",
+        idle=lambda s: not s["cpu_offloading"],
+        beside="without --cpu-offloading-num-layers",
+    ),
+    Rule(
+        keys="optimizer_offload_* use_torch_optimizer_for_cpu_offload overlap_cpu_optimizer_* pin_cpu_*",
+        idle=lambda s: not s["optimizer_cpu_offload"],
+        beside="without --optimizer-cpu-offload",
+    ),
+    Rule(
+        keys="wgrad_deferral_limit",
+        idle=lambda s: not s["defer_embedding_wgrad_compute"],
+        beside="without --defer-embedding-wgrad-compute",
+    ),
+    Rule(
+        keys="cross_entropy_fusion_impl",
+        idle=lambda s: not s["cross_entropy_loss_fusion"],
+        beside="without --cross-entropy-loss-fusion",
+    ),
+    Rule(keys="autocast_dtype", idle=lambda s: not s["enable_autocast"], beside="without --enable-autocast"),
+    Rule(
+        keys="store_param_remainders",
+        idle=lambda s: not s["use_precision_aware_optimizer"],
+        beside="without --use-precision-aware-optimizer",
+    ),
+    Rule(keys="save_*", idle=lambda s: s["save"] is None, beside="without --save"),
+    Rule(
+        keys="finetune load_* exit_on_missing_checkpoint",
+        idle=lambda s: s["load"] is None,
+        beside="without --load",
+    ),
+)
+"""Megatron-LM's settings."""
+
+
+def without_effect(settings: Settings) -> set[str]:
+    """Keys of all settings that do nothing beside the others."""
+    return {key for rule in (*METHOD, *MEGATRON) for key in rule.found(settings)}
+
+
+def refuse_idle(settings: Settings, *, given: Collection[str]) -> None:
+    """Raise ValueError where one of the method's settings was given and does nothing."""
+    for rule in METHOD:
+        names = [dashed(key) for key in rule.found(settings) if key in given]
+        if names:
+            subject = f"{', '.join(names)} {'has' if len(names) == 1 else 'have'}"
+            way_out = "leave it out" if len(names) == 1 else "leave them out"
+            raise ValueError(f"{subject} no effect {rule.beside}; {way_out}")
+
+
+def remarks(settings: Settings, *, given: Settings) -> list[str]:
+    """One line for each setting that was given and does nothing here, with the reason."""
+    flags = table().flags
+    lines = [
+        f"{spelled(flags[key], given[key])} does nothing here: {flags[key].idle}"
+        for key in given
+        if flags[key].idle
+    ]
+    for rule in MEGATRON:
+        lines += [
+            f"{spelled(flags[key], given[key])} has no effect {rule.beside}"
+            for key in rule.found(settings)
+            if key in given
+        ]
+    if given.get("attention_backend") in ("fused", "unfused", "local"):
+        lines.append(
+            f"--attention-backend {given['attention_backend']} means auto here: flash-attn where it is "
+            "installed, else torch's scaled_dot_product_attention"
+        )
+    return lines
+
+
+def spelled(flag: Flag, value: object) -> str:
+    """The setting as it would be given: its name, or that of its value, and the value."""
+    names = [name for name, preset in flag.presets.items() if preset == value]
+    if names:
+        return names[0]
+    said = " ".join(map(str, value)) if isinstance(value, list) else value
+    return f"{flag.all_names[0]} {said}"

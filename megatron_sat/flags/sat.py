@@ -1,0 +1,78 @@
+"""The settings of the method, and of this program: names that Megatron-LM has not."""
+
+from megatron_sat.flags.flag import Flag, option
+from megatron_sat.sparsity.importance import METRICS
+from megatron_sat.sparsity.schedule import KINDS
+
+METHOD: tuple[Flag, ...] = (
+    option("sat_schedule", choices=KINDS, default="none", help="omission rate over the run; none is dense"),
+    option("sat_omission_rate", "rate", help="r, share of neurons left out in the first step, in [0, 1)"),
+    option("sat_schedule_start", "int", help="η, last step at the full rate: ladder, linear, cosine"),
+    option("sat_rungs", "int", help="L, stages of the descent: ladder"),
+    option("sat_importance", choices=tuple(METRICS), default="maxip", help="how a neuron is scored"),
+    option(
+        "sat_swiglu_score",
+        choices=("gate", "up", "gate+up"),
+        default="gate",
+        help="what scores a gated channel",
+    ),
+    option("sat_selection", choices=("sampling", "top-k"), default="sampling", help="from scores to neurons"),
+    option("sat_temperature", "float", default=0.05, help="τ of the sampling, above 0"),
+    option("sat_selection_groups", "int", help="G, quotas a layer; as many as TP ranks unless given"),
+    option("sat_selection_interval", "int", default=1, help="K, steps that a choice is kept"),
+    option(
+        "sat_channel_multiple",
+        "int",
+        help="M, kept channels of a group are a multiple: 128 with CUDA, else 1",
+    ),
+    option(
+        "sat_gqa",
+        choices=("group", "head"),
+        default="group",
+        help="whole query groups leave, or heads in each",
+    ),
+    option(
+        "sat_statistics",
+        choices=("fresh", "lagged"),
+        default="fresh",
+        help="of this step, or of the one before",
+    ),
+    option(
+        "sat_dp_selection",
+        choices=("shared", "local"),
+        default="shared",
+        help="replicas choose alike, or alone",
+    ),
+    option(
+        "sat_rescale", choices=("none", "inverse-keep"), default="none", help="1/(share kept) on what is kept"
+    ),
+    option(
+        "sat_omitted_neurons",
+        choices=("optimizer", "frozen"),
+        default="optimizer",
+        help="momentum and decay move them, or nothing does",
+    ),
+    option("sat_seed", "int", help="of the sampling; --seed unless given"),
+)
+
+DATA: tuple[Flag, ...] = (
+    option("replay_data_path", many="*", help="prefixes of text not to be forgotten, each after its weight"),
+    option("replay_share", "float", default=0.0, help="share of training samples drawn from it, in [0, 1)"),
+    option("index_timeout_minutes", "float", default=60.0, help="how long ranks wait for the data's indices"),
+)
+
+LOGGING: tuple[Flag, ...] = (
+    option("log_jsonl", help="file with one JSON object a line; metrics.jsonl in --save unless given"),
+)
+
+TRAINING: tuple[Flag, ...] = (
+    option("engine", choices=("megatron", "deepspeed"), default="megatron", help="what moves the gradients"),
+)
+
+SECTIONS: dict[str, tuple[Flag, ...]] = {
+    "sparsity": METHOD,
+    "data": DATA,
+    "logging": LOGGING,
+    "training": TRAINING,
+}
+"""Headline of the printed configuration to its settings."""

@@ -1,0 +1,1 @@
+"""The loop, what it says about itself, and what a run is told."""

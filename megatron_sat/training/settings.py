@@ -1,0 +1,88 @@
+"""What a run is told besides model, data and learning rate: how long, when to pause, where things go."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How far the run goes and when it pauses. Field names are Megatron-LM's flags; steps are updates."""
+
+    train_iters: int
+    """Updates of the whole run, at least 1."""
+    micro_batch_size: int
+    """Samples of one forward on one replica, at least 1."""
+    global_batch_size: int
+    """Samples of one update, a multiple of micro_batch_size times the replicas."""
+    num_micro_batches: int
+    """Micro-batches of one replica in one update: global_batch_size over micro_batch_size times replicas."""
+    eval_interval: int | None = None
+    """Updates between evaluations, at least 1; None: none on the way."""
+    eval_iters: int = 100
+    """Global batches of one evaluation, at least 0."""
+    exit_interval: int | None = None
+    """End the process after an update that this divides; None: never."""
+    exit_duration_in_mins: int | None = None
+    """End the process after the update in which this has passed; None: never."""
+    seed: int = 1234
+    """Of weights and dropout, above 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_iters", "micro_batch_size", "global_batch_size", "num_micro_batches"):
+            _at_least(1, name=name, value=getattr(self, name))
+        for name in ("eval_interval", "exit_interval", "exit_duration_in_mins"):
+            _at_least(1, name=name, value=getattr(self, name))
+        _at_least(0, name="eval_iters", value=self.eval_iters)
+        _at_least(1, name="seed", value=self.seed)
+        if self.global_batch_size % (self.micro_batch_size * self.num_micro_batches):
+            raise ValueError(
+                f"--global-batch-size ({self.global_batch_size}) must be a multiple of --micro-batch-size x "
+                f"micro-batches ({self.micro_batch_size} x {self.num_micro_batches}); change one of them"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Where checkpoints go and come from. Field names are Megatron-LM's flags."""
+
+    save: str | None = None
+    """Folder of the checkpoints; None: none are written."""
+    save_interval: int | None = None
+    """Updates between checkpoints, at least 1; None: at the end alone."""
+    load: str | None = None
+    """Folder to resume from, its newest checkpoint; None, or an empty one: a fresh start."""
+    exit_on_missing_checkpoint: bool = False
+    """Refuse a fresh start where load holds no checkpoint."""
+    finetune: bool = False
+    """Weights alone from load, and start at step 1."""
+    save_optim: bool = True
+    """Optimizer state into the checkpoint."""
+    save_rng: bool = True
+    """Random state into the checkpoint."""
+    load_optim: bool = True
+    """Optimizer state from the checkpoint."""
+    load_rng: bool = True
+    """Random state from the checkpoint."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, name="save_interval", value=self.save_interval)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """How often the run speaks, and where it writes. Field names are the flags."""
+
+    log_interval: int = 100
+    """Updates between log lines, at least 1."""
+    tensorboard_dir: str | None = None
+    """Folder of the TensorBoard files; None: none."""
+    log_jsonl: str | None = None
+    """File of one JSON object a line; None: none."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, name="log_interval", value=self.log_interval)
+
+
+def _at_least(least: int, *, name: str, value: int | None) -> None:
+    if value is not None and value < least:
+        flag = "--" + name.replace("_", "-")
+        raise ValueError(f"{flag} must be at least {least}, got {value}; leave it out or raise it")

@@ -1,0 +1,101 @@
+"""What is decided by the machine, the layout and other settings."""
+
+import pytest
+
+from megatron_sat.flags.defaults import Machine, look_at_machine, written_rate
+from tests.helpers.command_line import LADDER, run
+
+GPU = Machine(cuda=True, fused_gradients=True)
+FUSIONS = ("bias_swiglu_fusion", "bias_dropout_fusion", "gradient_accumulation_fusion")
+
+
+def test_without_a_gpu_no_library_counts():
+    assert look_at_machine(cuda=False) == Machine(
+        cuda=False, emerging_optimizers=look_at_machine(cuda=False).emerging_optimizers
+    )
+
+
+def test_without_a_gpu_kernels_are_plain_and_ranks_speak_gloo():
+    settings = run(LADDER).settings
+    assert [settings[key] for key in FUSIONS] == [False, False, False]
+    assert (settings["distributed_backend"], settings["use_cpu_initialization"]) == ("gloo", True)
+    assert settings["sat_channel_multiple"] == 1
+
+
+def test_with_a_gpu_kernels_are_fused_and_ranks_speak_nccl():
+    settings = run(f"{LADDER} --ffn-hidden-size 512", machine=GPU).settings
+    assert [settings[key] for key in FUSIONS] == [True, True, True]
+    assert (settings["distributed_backend"], settings["use_cpu_initialization"]) == ("nccl", False)
+    assert settings["sat_channel_multiple"] == 128
+
+
+def test_a_fusion_is_off_where_it_is_switched_off():
+    settings = run("--no-bias-swiglu-fusion --no-gradient-accumulation-fusion", machine=GPU).settings
+    assert not settings["bias_swiglu_fusion"]
+    assert not settings["gradient_accumulation_fusion"]
+
+
+def test_channels_are_not_rounded_to_more_than_a_group_has():
+    config = run(f"{LADDER} --tensor-model-parallel-size 2", ranks=2, machine=GPU)
+    assert config.selection.channel_multiple == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "ranks", "chunks"),
+    [
+        ("", 2, None),
+        ("--num-virtual-stages-per-pipeline-rank 2", 2, 2),
+        ("--num-virtual-stages-per-pipeline-rank 1", 2, None),
+        ("--num-layers-per-virtual-pipeline-stage 1", 2, 2),
+        ("--pipeline-model-parallel-layout Et|t|t|tL", 2, 2),
+        ("--pipeline-model-parallel-layout Ett|ttL", 2, None),
+    ],
+)
+def test_interleaving_is_the_same_whichever_way_it_is_said(more, ranks, chunks):
+    config = run(f"--pipeline-model-parallel-size 2 {more}", ranks=ranks)
+    assert config.parallel.virtual_pipeline == chunks
+    assert config.transformer.get("virtual_pipeline_model_parallel_size") == chunks
+    assert config.transformer["overlap_p2p_comm"] is (chunks is not None)
+    assert config.transformer["batch_p2p_comm"] is (chunks is None)
+    assert config.ddp["align_param_gather"] is (chunks is not None)
+
+
+def test_sizes_that_are_not_given_are_megatrons():
+    settings = run(without="--ffn-hidden-size --global-batch-size", ranks=3).settings
+    assert (settings["ffn_hidden_size"], settings["kv_channels"], settings["global_batch_size"]) == (
+        128,
+        8,
+        6,
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "in_fp32"),
+    [("", False), ("--bf16", True), ("--bf16 --grad-reduce-in-bf16", False), ("--fp16", False)],
+)
+def test_gradients_are_reduced_in_fp32_under_bf16_unless_told_otherwise(more, in_fp32):
+    assert run(more).ddp["grad_reduce_in_fp32"] is in_fp32
+
+
+@pytest.mark.parametrize(
+    ("more", "checked"), [("", True), ("--fp16", False), ("--fp16 --loss-scale 128", True)]
+)
+def test_nan_is_watched_for_but_under_dynamic_loss_scaling(more, checked):
+    assert run(more).ddp["check_for_nan_in_grad"] is checked
+
+
+def test_the_selection_takes_its_groups_from_tensor_parallelism_and_its_seed_from_the_run():
+    selection = run(f"{LADDER} --tensor-model-parallel-size 2 --seed 7", ranks=2).selection
+    assert (selection.selection_groups, selection.seed) == (2, 7)
+
+
+def test_the_log_lies_beside_the_checkpoints():
+    assert run("--save runs/a").logging.log_jsonl == "runs/a/metrics.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [("0.50", "0.5"), ("1/2", "0.5"), ("0.96", "0.96"), ("24/25", "0.96"), ("1/3", "1/3"), ("0", "0.0")],
+)
+def test_a_rate_is_written_in_one_exact_spelling(given, written):
+    assert written_rate(given) == written
