@@ -97,15 +97,14 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The two matrices a module's neurons lie in, read when scores are wanted.
-
-    They must then be whole: who gives them waits for what other ranks still send.
-    """
+    """The two matrices a module's neurons lie in."""
 
     column: Callable[[], Tensor]
     """fc1 or qkv, [rows, h]: a neuron is some of its rows."""
     row: Callable[[], Tensor]
     """fc2 or proj, [h, columns]: a neuron is some of its columns."""
+    arrive: Callable[[], None] = lambda: None
+    """Waits for what other ranks still send of the two; called before they are scored, and then alone."""
 
 
 class Selector:
@@ -292,6 +291,7 @@ class Selector:
     def _choose(self, sums: Tensor) -> None:
         assert self._wanted is not None
         draw, count = self._wanted
+        self._weights.arrive()
         if self._metric.needs == "activations":
             scores = self.neurons.scores_of_columns(self._metric.score(self._weights.row(), sums))
         else:

@@ -68,6 +68,10 @@ class SmallModule:
         self.asked: list[Needs] = []
         """What sums were added over ranks, in order."""
         self.dense_forwards = 0
+        self.arrivals = 0
+        """How often the weights were waited for."""
+        self.late: Tensor | None = None
+        """What the column weight becomes when it is waited for."""
         self.selector: Selector | None = Selector(
             self._neurons(kind, cut),
             place=Place(
@@ -79,7 +83,7 @@ class SmallModule:
                 multiple=multiple,
             ),
             config=self.config,
-            weights=Weights(column=lambda: self.column, row=lambda: self.row),
+            weights=Weights(column=lambda: self.column, row=lambda: self.row, arrive=self._arrive),
             add_ranks=self._add_ranks,
         )
 
@@ -94,6 +98,11 @@ class SmallModule:
         if kind == "attention" and self.config.gqa == "head":
             return cut
         return self.config.selection_groups // num_shards
+
+    def _arrive(self) -> None:
+        self.arrivals += 1
+        if self.late is not None:
+            self.column.data.copy_(self.late)
 
     def _add_ranks(self, sums: Tensor, needs: Needs) -> Tensor:
         self.asked.append(needs)

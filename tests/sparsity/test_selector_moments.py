@@ -167,6 +167,29 @@ def test_before_its_first_forward_a_step_has_no_choice_though_the_last_one_had()
         assert not selector.keeps_all
 
 
+@pytest.mark.parametrize("statistics", ["fresh", "lagged"])
+def test_weights_that_are_still_on_their_way_are_waited_for_before_they_are_scored(statistics):
+    settings = {"importance": "magnitude", "selection": "top-k", "statistics": statistics}
+    late, whole = SmallModule(**settings), SmallModule(**settings)
+    late.late = whole.column.detach().clone()
+    late.column.data.zero_()
+
+    assert choose(late) == choose(whole)
+
+
+def test_weights_are_waited_for_once_a_choice_and_at_no_other_time():
+    module = SmallModule()
+    module.chooser.load_state(module.chooser.state())
+    for step in range(1, 5):
+        with in_step(module, step, interval=2):
+            module.forward(tokens_of(step))
+            module.forward(tokens_of(step))
+    choose(module, 5, rate=Fraction(0))
+    module.forward(tokens_of(1))
+
+    assert module.arrivals == 2
+
+
 @pytest.mark.parametrize("importance", METRICS)
 def test_only_contribution_pays_a_dense_forward_and_one_alone(importance):
     module = SmallModule(importance=importance)
