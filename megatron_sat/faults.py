@@ -19,6 +19,7 @@ from megatron.core.datasets import utils as dataset_utils
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer import optimizer as plain_optimizer
+from megatron.core.tensor_parallel import random as recomputation
 from packaging.specifiers import SpecifierSet
 
 
@@ -132,6 +133,20 @@ def _momentum_to_load() -> None:
     plain_optimizer.MegatronOptimizer.__init__ = init
 
 
+def _no_transformer_engine() -> bool:
+    return not recomputation.HAVE_TE
+
+
+def _recomputed_norms() -> None:
+    true = recomputation.CheckpointWithoutOutput.__init__
+
+    @functools.wraps(true)
+    def init(self: Any, fp8: Any = False) -> None:
+        true(self, fp8 or None)
+
+    recomputation.CheckpointWithoutOutput.__init__ = init
+
+
 def _no_makefile() -> bool:
     return importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
 
@@ -206,6 +221,16 @@ FAULTS: tuple[Fault, ...] = (
         until="may go when compile_helpers returns from a wheel",
         only_if=_no_makefile,
         repair=_compiled_helpers,
+    ),
+    Fault(
+        name="recomputed norms ask for Transformer Engine",
+        library="megatron-core",
+        versions=">=0.16.1,<0.20",
+        what="CheckpointWithoutOutput takes fp8=False for fp8: --recompute-modules layernorm raises "
+        "NameError 'FP8GlobalStateManager' where Transformer Engine is not installed",
+        until="may go when norms are recomputed without Transformer Engine",
+        only_if=_no_transformer_engine,
+        repair=_recomputed_norms,
     ),
     Fault(
         name="fused cross entropy rounds its gradient",

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.optimizer import DistributedOptimizer, distrib_optimizer
 from megatron.core.optimizer import optimizer as plain_optimizer
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import CheckpointWithoutOutput, vocab_parallel_cross_entropy
 
 from megatron_sat import faults
 from megatron_sat.distributed import initialize_model_parallel
@@ -35,6 +35,7 @@ def undo() -> None:
         (DistributedOptimizer, "_set_main_param_and_optimizer_states"),
         (plain_optimizer.MegatronOptimizer, "__init__"),
         (dataset_utils, "compile_helpers"),
+        (CheckpointWithoutOutput, "__init__"),
     ):
         setattr(owner, function, inspect.unwrap(getattr(owner, function)))
     filesystem_async._results_queue = None
@@ -201,6 +202,21 @@ def test_compile_helpers_exits_only_without_the_repair() -> None:
     assert run_ranks(compiles, 1, "compile_helpers exits") == ["returned"]
 
 
+def recomputed_norms(rank: int, *names: str) -> tuple[list[float], list[float]]:
+    """Losses of three steps that keep what norms gave, and of three that recompute it."""
+    repair(*names)
+    recompute = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+    kept, recomputed = (train(*make_engine(model=model), steps=range(3)) for model in ({}, recompute))
+    return [loss for loss, _ in kept], [loss for loss, _ in recomputed]
+
+
+def test_norms_are_recomputed_without_transformer_engine_only_with_the_repair() -> None:
+    with pytest.raises(RuntimeError, match="NameError: name 'FP8GlobalStateManager' is not defined"):
+        run_ranks(recomputed_norms, 1)
+    kept, recomputed = run_ranks(recomputed_norms, 1, "recomputed norms ask for Transformer Engine")[0]
+    assert recomputed == pytest.approx(kept, rel=1e-6)  # gradients of a residual add up in another order
+
+
 def fused_gradient(rank: int) -> tuple[float, float]:
     """Largest relative difference of loss and of gradient between the fused and the plain cross entropy, in
     fp32."""
@@ -254,3 +270,11 @@ def test_the_list_explains_every_fault_in_a_line() -> None:
     lines = faults.explain()
     assert len(lines) == len(FAULTS) == len({fault.name for fault in FAULTS})
     assert all(fault.what in line and fault.until in line for fault, line in zip(FAULTS, lines, strict=True))
+
+
+def test_the_docs_tell_every_fault_and_no_other() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "faults.md").read_text()
+    assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == [f.name for f in FAULTS]
+    assert all(f"{f.library} {f.versions}" in text for f in FAULTS)
+    assert all(f.what[1:] in text for f in FAULTS)
+    assert all(f.until in text for f in FAULTS)
