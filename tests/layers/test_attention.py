@@ -11,6 +11,7 @@ from megatron_sat.layers.core_attention import SDPACoreAttention
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import layout
 from tests.layers.twins import (
+    Masks,
     Run,
     assert_same,
     attach,
@@ -109,3 +110,48 @@ def test_without_a_choice_the_attention_is_megatrons_bit_for_bit(
     assert torch.equal(ours.output, megatrons.output)
     assert torch.equal(ours.input_grad, megatrons.input_grad)
     assert all(torch.equal(ours.grads[name], grad) for name, grad in megatrons.grads.items())
+
+
+def narrower(
+    _: int, gqa: str, groups: int, extras: dict[str, Any], *, spoil: bool = False
+) -> tuple[Run, Run]:
+    """Ours in bf16 with half its heads, gradients cut; and a plain attention that has only these."""
+    layout()
+    bf16 = {"params_dtype": torch.bfloat16, "kv_channels": 8, **extras}
+    pair = attention_pair(num_query_groups=groups, **bf16)
+    selector = attach(pair.sparse, gqa=gqa)
+    with step(pair.sparse, rate=Fraction(1, 2)):
+        ours = run(pair.sparse, pair.rest)
+        assert selector.choice is not None
+        masks = attention_masks(selector.choice.index, pair.sparse.config, gqa=gqa)
+    if spoil:
+        masks = Masks(*(mask.roll(1) for mask in masks))
+
+    def cut(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors = {name: t for name, t in tensors.items() if "_extra_state" not in name}
+        tensors["linear_proj.weight"] = tensors["linear_proj.weight"][:, masks.columns]
+        return tensors | {name: t[masks.rows] for name, t in tensors.items() if "linear_qkv" in name}
+
+    kept_groups = groups // 2 if gqa == "group" else groups
+    small = attention_pair(
+        SDPACoreAttention, num_attention_heads=4, num_query_groups=kept_groups, **bf16
+    ).twin
+    small.load_state_dict(cut(pair.sparse.state_dict()))
+    return ours._replace(grads=cut(ours.grads)), run(small, pair.rest)
+
+
+@pytest.mark.parametrize("extras", EXTRAS)
+@pytest.mark.parametrize(("gqa", "groups"), GROUPS)
+def test_in_bf16_the_sparse_attention_is_a_narrower_attention_bit_for_bit(
+    gqa: str, groups: int, extras: dict[str, Any]
+) -> None:
+    ours, small = run_ranks(narrower, 1, gqa, groups, extras)[0]
+    assert torch.equal(ours.output, small.output)
+    assert torch.equal(ours.input_grad, small.input_grad)
+    assert all(torch.equal(ours.grads[name], grad) for name, grad in small.grads.items())
+
+
+def test_a_narrower_attention_of_other_weights_is_told_apart() -> None:
+    ours, small = run_ranks(narrower, 1, "group", 4, {}, spoil=True)[0]
+    assert not torch.equal(ours.output, small.output)
+    assert not any(torch.equal(ours.grads[name], grad) for name, grad in small.grads.items())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import layout
-from tests.layers.twins import Run, assert_same, attach, mlp_masks, mlp_pair, run, run_twin, step
+from tests.layers.twins import Masks, Run, assert_same, attach, mlp_masks, mlp_pair, run, run_twin, step
 
 RATES = [Fraction(1, 4), Fraction(1, 2), Fraction(3, 4), Fraction(99, 100)]
 WEIGHTS = {"linear_fc1.weight", "linear_fc1.bias", "linear_fc2.weight"}
@@ -92,3 +92,39 @@ def test_without_a_choice_the_mlp_is_megatrons_bit_for_bit(attached: bool, chang
     assert torch.equal(ours.output, megatrons.output)
     assert torch.equal(ours.input_grad, megatrons.input_grad)
     assert all(torch.equal(ours.grads[name], grad) for name, grad in megatrons.grads.items())
+
+
+def narrower(_: int, changes: dict[str, Any], *, spoil: bool = False) -> tuple[Run, Run]:
+    """Ours in bf16 with half its channels, gradients cut; and a plain MLP that has only these."""
+    layout()
+    pair = mlp_pair(params_dtype=torch.bfloat16, **changes)
+    selector = attach(pair.sparse)
+    with step(pair.sparse, rate=Fraction(1, 2)):
+        ours = run(pair.sparse, pair.rest)
+        assert selector.choice is not None
+        masks = mlp_masks(selector.choice.index, pair.sparse.config)
+    if spoil:
+        masks = Masks(*(mask.roll(1) for mask in masks))
+
+    def cut(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors = {name: t for name, t in tensors.items() if "_extra_state" not in name}
+        tensors["linear_fc2.weight"] = tensors["linear_fc2.weight"][:, masks.columns]
+        return tensors | {name: t[masks.rows] for name, t in tensors.items() if "linear_fc1" in name}
+
+    small = mlp_pair(params_dtype=torch.bfloat16, ffn_hidden_size=48, **changes).twin
+    small.load_state_dict(cut(pair.sparse.state_dict()))
+    return ours._replace(grads=cut(ours.grads)), run(small, pair.rest)
+
+
+@pytest.mark.parametrize("changes", KINDS)
+def test_in_bf16_the_sparse_mlp_is_a_narrower_mlp_bit_for_bit(changes: dict[str, Any]) -> None:
+    ours, small = run_ranks(narrower, 1, changes)[0]
+    assert torch.equal(ours.output, small.output)
+    assert torch.equal(ours.input_grad, small.input_grad)
+    assert all(torch.equal(ours.grads[name], grad) for name, grad in small.grads.items())
+
+
+def test_a_narrower_mlp_of_other_weights_is_told_apart() -> None:
+    ours, small = run_ranks(narrower, 1, {}, spoil=True)[0]
+    assert not torch.equal(ours.output, small.output)
+    assert not any(torch.equal(ours.grads[name], grad) for name, grad in small.grads.items())
