@@ -11,6 +11,7 @@ loaded into another layout.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch import Tensor
@@ -155,7 +157,7 @@ def open_checkpoint(root: Path, *, step: int | None = None) -> Checkpoint:
         index = trust.read_index(folder)
         trust.check_files(folder, index=index)
         trust.check_objects(folder, index=index)
-        common = dist_checkpointing.load_common_state_dict(str(folder))
+        common = _read_common(folder)
         tensors = {k: t for k, t in index.state_dict_metadata.items() if isinstance(t, TensorStorageMetadata)}
         return Checkpoint(
             folder=folder,
@@ -168,6 +170,16 @@ def open_checkpoint(root: Path, *, step: int | None = None) -> Checkpoint:
         )
 
     return _on_one_rank(read)
+
+
+def _read_common(folder: Path) -> Mapping[str, Any]:
+    try:
+        return dist_checkpointing.load_common_state_dict(str(folder))
+    except CheckpointingException as error:  # 0.16 looks for common.pt, which 0.19 no longer writes
+        raise ValueError(
+            f"{folder} must be readable by megatron-core {version('megatron-core')}, its plain values are "
+            f"not ({error}); load it with the version that wrote it"
+        ) from error
 
 
 def load_checkpoint(

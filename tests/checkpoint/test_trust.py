@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_sat.checkpoint import trust
+from megatron_sat.checkpoint import resume, trust
 from megatron_sat.checkpoint.resume import open_checkpoint
-from tests.checkpoint.test_resume import save
+from tests.checkpoint.runs import save
 from tests.helpers.plain_engine import make_engine
 from tests.helpers.ranks import run_ranks
 
@@ -136,6 +137,19 @@ def test_a_damaged_checkpoint_is_refused_by_what_is_wrong(
     spoil(folder)
     with pytest.raises(ValueError, match=message):
         open_checkpoint(root)
+
+
+def test_plain_values_that_this_megatron_cannot_read_are_refused(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def newer(folder: str) -> dict[str, Any]:
+        raise CheckpointingException("no common.pt")
+
+    monkeypatch.setattr(resume.dist_checkpointing, "load_common_state_dict", newer)
+    with pytest.raises(
+        ValueError, match=r"its plain values are not \(no common.pt\); load it with the version that"
+    ):
+        open_checkpoint(good)
 
 
 def test_files_outside_of_the_folder_are_refused(copy: tuple[Path, Path]) -> None:
