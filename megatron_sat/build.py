@@ -49,6 +49,8 @@ def build_run(config: Config) -> Run:
     Raises ValueError for data, tokenizer or model that cannot be used together.
     """
     faults.apply_all()
+    if config.transformer.get("deterministic_mode"):
+        torch.use_deterministic_algorithms(True)  # megatron.core minds the mode in Transformer Engine alone
     parallel = config.parallel
     layout = initialize_model_parallel(
         tp=parallel.tensor,

@@ -21,17 +21,17 @@ from megatron_sat.checkpoint.resume import LoadConfig, load_checkpoint, open_che
 from megatron_sat.data.batch import Batch, EvaluationBatches, build_train_iterator, cut_for_context_parallel
 from megatron_sat.engines.base import StepResult
 from megatron_sat.model.flops import kept_shape, step_flops, whole
-from megatron_sat.sparsity.visits import save_visits
 from megatron_sat.training.loop import Extent, Moments, Progress, train
 from megatron_sat.training.metrics import Console, JsonLines, Meter, Sink, StepFigures, TensorBoard, Totals
 from megatron_sat.training.state import restore_choices, whole_choices, whole_visits
+from megatron_sat.training.visits import save_visits
 
 
 def main(argv: Sequence[str]) -> int:
     """Run what the command line asks for. Returns the exit code; 2 for what cannot be obeyed, said in one line."""
-    launch = distributed.read_launch()
+    launch, cuda = distributed.read_launch(), torch.cuda.is_available()
     try:
-        config = cli.parse(argv, world_size=launch.world_size, cuda=torch.cuda.is_available())
+        config = cli.parse(argv, world_size=launch.world_size, cuda=cuda, speaks=launch.rank == 0)
     except cli.ParsedExit as asked:
         return int(asked.code or 0)
     distributed.join(launch, backend=config.parallel.backend, timeout_minutes=config.parallel.timeout_minutes)

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_sat.log import say
-from megatron_sat.sparsity.visits import KINDS, Visits, load_visits
+from megatron_sat.training.visits import KINDS, Visits, load_visits
 
 MAX_COLUMNS = 512
 """Columns of the picture; more neurons share one, which shows their mean."""

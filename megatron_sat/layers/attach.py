@@ -62,9 +62,19 @@ def build_selector(module: SparsePair, *, layer: int, config: SelectionConfig, l
         neurons,
         place=place,
         config=config,
-        weights=Weights(column=lambda: column.weight, row=lambda: row.weight),
+        weights=Weights(
+            column=lambda: column.weight, row=lambda: row.weight, arrive=lambda: _wait_for(column, row)
+        ),
         add_ranks=_adder(config, layout, sequence_parallel=module.config.sequence_parallel),
     )
+
+
+def _wait_for(*layers: Module) -> None:
+    """Let late weights arrive. With --overlap-param-gather Megatron's DDP waits for the other replicas' parts
+    in a pre-hook of a layer's forward, and scoring comes before that forward; waiting twice is free."""
+    for layer in layers:
+        for hook in layer._forward_pre_hooks.values():
+            hook(layer, ())
 
 
 def _refuse(model: TransformerConfig) -> None:

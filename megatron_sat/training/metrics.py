@@ -6,7 +6,6 @@ recomputation; dense-equivalent ones are those of a dense step over the same tok
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,7 +63,8 @@ class Record:
         """The record for a person."""
         rates = " ".join(f"{kind} {rate:.3f}" for kind, rate in self.omission_rate.items())
         return (
-            f"step {self.step:>6} | loss {self.loss:.4f} | grad norm {self.grad_norm:.3f} | lr {self.learning_rate:.2e}"
+            f"step {self.step:>6} | loss {self.loss:.4f} | grad norm {self.grad_norm:.3f}"
+            f" | lr {self.learning_rate:.2e}"
             f" | omission {self.nominal_omission_rate:.3f} ({rates or 'dense'}) | {self.tokens_per_second:,.0f} tokens/s"
             f" | {self.executed_tflops:.3g} TFLOP/s executed, {self.dense_equivalent_tflops:.3g} dense-equivalent"
             f" | {self.step_seconds:.3f} s/step" + (f" | {self.skipped_steps} skipped" if self.skipped_steps else "")
@@ -145,13 +145,13 @@ class JsonLines:
     """One JSON object a line: {"kind": "train" | "validation", "step": ..., ...}. Made on one rank only."""
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
-        """Lines of steps after ``resume_step``, left by a run that got further than its checkpoint, are removed first."""
+        """Lines of steps after ``resume_step``, left by a run that got further than its checkpoint, go first."""
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] <= resume_step]
         fresh = path.with_suffix(path.suffix + ".new")
         fresh.write_text("".join(line + "\n" for line in kept))
-        os.replace(fresh, path)
+        fresh.replace(path)
         self._path = path
 
     def record(self, record: Record) -> None:

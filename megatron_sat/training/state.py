@@ -18,7 +18,7 @@ from megatron_sat.sparsity.selector import Selector
 
 
 def whole_choices(selectors: Sequence[Selector], *, layout: Layout) -> dict[str, Tensor]:
-    """The state of this pipeline stage's selectors, ``sat.<kind>.<layer>.<name>``, each of the whole layer; collective."""
+    """The state of this stage's selectors, ``sat.<kind>.<layer>.<name>``, each of the whole layer; collective."""
     mine = {_key(selector, name): tensor for selector in selectors for name, tensor in selector.state().items()}
     shards = _gathered(mine, group=layout.tp_group)
     along = {_key(selector, name) for selector in selectors for name in selector.sharded_state}

@@ -250,6 +250,18 @@ def test_a_schedule_without_its_numbers_is_refused(capsys, more, missing):
     assert f"needs {missing}, which is not given; add it" in said
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--sat-omitted-neurons frozen", "--sat-omitted-neurons frozen needs --sat-dp-selection shared, got local"),
+        ("--sat-selection-interval 2", "--sat-dp-selection local needs --sat-selection-interval 1"),
+        ("--sat-statistics lagged", "--sat-dp-selection local needs --sat-selection-interval 1"),
+    ],
+)
+def test_replicas_that_choose_for_themselves_must_neither_drift_apart_nor_forget(capsys, more, said):
+    assert refusal(capsys, f"{LADDER} --sat-dp-selection local {more}", ranks=2).startswith(f"error: {said}")
+
+
 def test_selection_groups_that_tensor_parallelism_does_not_divide_are_refused(capsys):
     said = refusal(capsys, f"{LADDER} --tensor-model-parallel-size 2 --sat-selection-groups 1", ranks=2)
     assert said == (

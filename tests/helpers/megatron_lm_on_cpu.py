@@ -1,4 +1,4 @@
-"""Runs a Megatron-LM training script on a machine without a GPU: what `cpu.install` does, and what only its trainer asks.
+"""Runs a Megatron-LM training script without a GPU: what `cpu.install` does, and what only its trainer asks.
 
     torchrun ... megatron_lm_on_cpu.py SCRIPT.py ARGUMENTS...
 
@@ -19,6 +19,9 @@ import torch
 from megatron_sat import cpu
 
 cpu.install()
+
+import megatron.core.datasets.utils as dataset_utils  # noqa: E402
+import megatron.training.training as training  # noqa: E402
 
 
 class _Nothing:
@@ -63,9 +66,6 @@ def stand_in_for_the_trainer() -> None:
 def main() -> None:
     """Patch, then run the script as if it had been started itself."""
     stand_in_for_the_trainer()
-    import megatron.core.datasets.utils as dataset_utils
-    import megatron.training.training as training
-
     dataset_utils.compile_helpers = lambda: None  # the wheel has the helper built and no Makefile: it would exit
     training.set_jit_fusion_options = lambda *args, **kwargs: None  # warms fusions up on the GPU
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sat.sparsity.visits import KINDS, Visits, load_visits, save_visits
+from megatron_sat.training.visits import KINDS, Visits, load_visits, save_visits
 from tools import plot_selection
 
 LAYERS, HEADS, CHANNELS, STEPS = 3, 8, 1100, 40

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sat.sparsity.visits import Visits, load_visits, save_visits
+from megatron_sat.training.visits import Visits, load_visits, save_visits
 
 COUNTS = {
     "attention.2": torch.tensor([3, 0, 5], dtype=torch.int32),
