@@ -12,7 +12,7 @@ from megatron_sat import cpu, log
 log.quiet_libraries()
 cpu.install()  # before anything of megatron is imported; nothing with a GPU
 
-from megatron_sat.pretrain import main  # noqa: E402
+from megatron_sat.pretrain import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ work, and the `--sat-*` flags of pretrain_sat.py with the same meaning and the s
         --sat-schedule ladder --sat-omission-rate 0.5 --sat-schedule-start 2000 --sat-rungs 5
 
 Left out here, and there in pretrain_sat.py: the choice and its statistics in checkpoints (they matter for a resume
-with --sat-selection-interval above 1 or --sat-statistics lagged, which this script refuses), the plan, FLOPs of sparse steps.
+with --sat-selection-interval above 1 or --sat-statistics lagged, which this script refuses), the plan, FLOPs.
 """
 
 import argparse

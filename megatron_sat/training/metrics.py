@@ -65,7 +65,8 @@ class Record:
         return (
             f"step {self.step:>6} | loss {self.loss:.4f} | grad norm {self.grad_norm:.3f}"
             f" | lr {self.learning_rate:.2e}"
-            f" | omission {self.nominal_omission_rate:.3f} ({rates or 'dense'}) | {self.tokens_per_second:,.0f} tokens/s"
+            f" | omission {self.nominal_omission_rate:.3f} ({rates or 'dense'})"
+            f" | {self.tokens_per_second:,.0f} tokens/s"
             f" | {self.executed_tflops:.3g} TFLOP/s executed, {self.dense_equivalent_tflops:.3g} dense-equivalent"
             f" | {self.step_seconds:.3f} s/step" + (f" | {self.skipped_steps} skipped" if self.skipped_steps else "")
         )
