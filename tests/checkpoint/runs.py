@@ -51,9 +51,7 @@ def save(engine: MegatronEngine, layout: Layout, root: Path, *, iteration: int, 
     )
 
 
-def load(
-    engine: MegatronEngine, layout: Layout, root: Path, *, step: int | None = None, **flags: Any
-) -> Resumed:
+def load(engine: MegatronEngine, layout: Layout, root: Path, *, step: int | None = None, **flags: Any) -> Resumed:
     expected: dict[str, Any] = {"tokenizer": "abc", "data": DATA}
     expected |= {key: flags.pop(key) for key in ("tokenizer", "data") if key in flags}
     checkpoint = open_checkpoint(root, step=step)
@@ -83,9 +81,7 @@ def to_the_end(rank: int, settings: dict[str, Any], root: Path | None) -> tuple[
     return steps + train(engine, layout, steps=range(2, 5)), state_bits(engine)
 
 
-def go_on(
-    rank: int, settings: dict[str, Any], root: Path, **flags: Any
-) -> tuple[list[Any], dict[str, bytes], Resumed]:
+def go_on(rank: int, settings: dict[str, Any], root: Path, **flags: Any) -> tuple[list[Any], dict[str, bytes], Resumed]:
     """Load into a new engine whose weights were something else, then three steps."""
     engine, layout = make_engine(**settings)
     with torch.no_grad():

@@ -40,19 +40,13 @@ def test_a_release_has_no_iteration(tmp_path: Path) -> None:
 
 def test_missing_checkpoints_are_refused_with_what_there_is(tmp_path: Path) -> None:
     for root in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(
-            ValueError, match=f"--load must be a folder with {TRACKER}, .* has none; there is no whole"
-        ):
+        with pytest.raises(ValueError, match=f"--load must be a folder with {TRACKER}, .* has none; there is no whole"):
             folder.find(root, step=None)
     whole(tmp_path, 10, 20)
-    with pytest.raises(
-        ValueError, match="iter_0000015 is not there; whole ones: 10, 20; choose with --ckpt-step"
-    ):
+    with pytest.raises(ValueError, match="iter_0000015 is not there; whole ones: 10, 20; choose with --ckpt-step"):
         folder.find(tmp_path, step=15)
     (tmp_path / "iter_0000020" / "metadata.json").unlink()
-    with pytest.raises(
-        ValueError, match="iter_0000020 was never finished; whole ones: 10; choose with --ckpt-step"
-    ):
+    with pytest.raises(ValueError, match="iter_0000020 was never finished; whole ones: 10; choose with --ckpt-step"):
         folder.find(tmp_path, step=None)
 
 

@@ -10,9 +10,7 @@ from megatron_sat.checkpoint.header import KEY, Header, first_difference, plain
 
 
 def test_a_header_returns_from_what_is_saved_of_it() -> None:
-    header = Header(
-        iteration=3, consumed_train_samples=24, tokenizer="f", data={"b": [1, "x"]}, extra={"seed": 1}
-    )
+    header = Header(iteration=3, consumed_train_samples=24, tokenizer="f", data={"b": [1, "x"]}, extra={"seed": 1})
     assert Header.from_common({KEY: header.to_plain(), "iteration": 3}) == header
 
 

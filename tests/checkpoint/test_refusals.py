@@ -14,9 +14,7 @@ from tests.helpers.plain_engine import make_engine, train
 from tests.helpers.ranks import run_ranks
 
 
-def rates(
-    rank: int, root: Path, changes: dict[str, Any], optim: dict[str, Any]
-) -> tuple[float, float, float, float]:
+def rates(rank: int, root: Path, changes: dict[str, Any], optim: dict[str, Any]) -> tuple[float, float, float, float]:
     """Rate, decay, and both rates of the schedule's end after loading with another schedule."""
     engine, layout = make_engine(rate=changes, optim=optim)
     load(engine, layout, root)
@@ -140,10 +138,7 @@ def saved_without(rank: int, root: Path) -> None:
 
 def test_weights_saved_alone_need_a_flag_to_go_on(tmp_path: Path) -> None:
     run_ranks(saved_without, 1, tmp_path)
-    assert (
-        "the checkpoint has no optimizer state; pass --no-load-optim"
-        in run_ranks(untouched, 1, {}, tmp_path, {})[0]
-    )
+    assert "the checkpoint has no optimizer state; pass --no-load-optim" in run_ranks(untouched, 1, {}, tmp_path, {})[0]
     iteration, warned = run_ranks(go_on_without, 1, tmp_path)[0]
     assert iteration == 1
     assert any("for another layout or device and stay as seeded" in text for text in warned)

@@ -81,9 +81,7 @@ def test_a_run_goes_on_in_another_layout(case: str, tmp_path: Path, uninterrupte
         assert (resumed.iteration, resumed.consumed_train_samples) == (2, 16)
         assert resumed.extra == {"rung": 2}
         for layer in range(4):
-            assert torch.equal(
-                resumed.tensors[f"sat.layers.{layer}.mlp.kept"], torch.arange(layer, 20 + layer)
-            )
+            assert torch.equal(resumed.tensors[f"sat.layers.{layer}.mlp.kept"], torch.arange(layer, 20 + layer))
 
 
 def test_without_its_moments_a_resumed_run_is_another(tmp_path: Path, uninterrupted: list[Any]) -> None:
@@ -96,9 +94,7 @@ def test_without_its_moments_a_resumed_run_is_another(tmp_path: Path, uninterrup
 
 def test_finetune_takes_weights_alone_and_starts_a_new_run(tmp_path: Path, uninterrupted: list[Any]) -> None:
     run_ranks(to_the_end, 2, {"tp": 2}, tmp_path)
-    steps, _, resumed = run_ranks(
-        go_on, 1, {"ddp": DISTRIBUTED}, tmp_path, finetune=True, data={"blend": "other"}
-    )[0]
+    steps, _, resumed = run_ranks(go_on, 1, {"ddp": DISTRIBUTED}, tmp_path, finetune=True, data={"blend": "other"})[0]
     assert resumed == Resumed(iteration=0, consumed_train_samples=0, extra={}, tensors={})
     assert steps[0][0] == pytest.approx(uninterrupted[2][0], abs=LOSS)
 

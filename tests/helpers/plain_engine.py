@@ -57,9 +57,7 @@ def make_engine(
     return engine, layout
 
 
-def train(
-    engine: MegatronEngine, layout: Layout, *, steps: range, masked: bool = True
-) -> list[tuple[float, float]]:
+def train(engine: MegatronEngine, layout: Layout, *, steps: range, masked: bool = True) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step."""
     results = []
     for step in steps:
@@ -72,9 +70,7 @@ def train(
 
 def batches_of(step: int, layout: Layout, *, masked: bool = True) -> Iterator[dict[str, Tensor]]:
     """This rank's micro-batches of a step."""
-    for batch in make_batches(
-        step, total=MICRO_BATCHES, ranks=layout.dp_size, rank=layout.dp_rank, masked=masked
-    ):
+    for batch in make_batches(step, total=MICRO_BATCHES, ranks=layout.dp_size, rank=layout.dp_rank, masked=masked):
         if layout.cp_size > 1:
             del batch["attention_mask"]  # the core attention makes its own for its two chunks
         yield dict(cut_for_context_parallel(batch, cp_rank=layout.cp_rank, cp_size=layout.cp_size))
@@ -91,4 +87,4 @@ def weights(engine: MegatronEngine) -> dict[str, Tensor]:
 
 def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:
     """Tensors as bytes: equal only if bit-identical."""
-    return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+    return {name: t.cpu().contiguous().view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
