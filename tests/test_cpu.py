@@ -70,17 +70,13 @@ def test_without_a_gpu_every_name_is_replaced_and_a_second_time_changes_nothing(
 def test_each_stand_in_is_explained_in_a_line_of_its_own() -> None:
     lines = cpu.explain()
     assert len(lines) == len(cpu.STAND_INS) and len(set(lines)) == len(lines)
-    assert all(
-        what in line and why in line for (what, why, _), line in zip(cpu.STAND_INS, lines, strict=True)
-    )
+    assert all(what in line and why in line for (what, why, _), line in zip(cpu.STAND_INS, lines, strict=True))
 
 
 def test_what_is_replaced_is_named_in_the_explanation() -> None:
     text = " ".join(cpu.explain())
     named = ["torch.compile", "current_device", "set_device", "synchronize", "current_stream", "random state"]
-    assert all(
-        name in text for name in [*named, "Tensor.type()", "Tensor.cuda", "Module.cuda", *cpu._FACTORIES]
-    )
+    assert all(name in text for name in [*named, "Tensor.type()", "Tensor.cuda", "Module.cuda", *cpu._FACTORIES])
 
 
 @IN_FORCE
@@ -143,8 +139,6 @@ def test_streams_can_be_waited_for() -> None:
 
 
 @IN_FORCE
-@pytest.mark.parametrize(
-    "decorate", [torch.compile, torch.compile(mode="max-autotune")], ids=["bare", "options"]
-)
+@pytest.mark.parametrize("decorate", [torch.compile, torch.compile(mode="max-autotune")], ids=["bare", "options"])
 def test_compiling_leaves_a_function_as_it_is(decorate: Any) -> None:
     assert decorate(max) is max

@@ -38,9 +38,7 @@ def test_a_launch_is_read_from_the_environment(
 def test_several_ranks_without_an_address_are_told_to_use_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     launch = Launch(rank=0, world_size=2, local_rank=0)
-    with pytest.raises(
-        RuntimeError, match=r"WORLD_SIZE \(2\) needs MASTER_ADDR .* start the ranks with torchrun"
-    ):
+    with pytest.raises(RuntimeError, match=r"WORLD_SIZE \(2\) needs MASTER_ADDR .* start the ranks with torchrun"):
         join(launch, backend="gloo", timeout_minutes=1)
 
 
@@ -121,17 +119,13 @@ def test_context_parallel_ranks_are_among_those_that_share_gradients() -> None:
 
 
 def test_a_layout_that_does_not_divide_the_ranks_is_refused_with_a_number_that_does() -> None:
-    text = (
-        r"--tensor-model-parallel-size \(2\) .* must divide the number of ranks \(3\); start a multiple of 2"
-    )
+    text = r"--tensor-model-parallel-size \(2\) .* must divide the number of ranks \(3\); start a multiple of 2"
     with pytest.raises(RuntimeError, match=f"ValueError: {text}"):
         run_ranks(make, 3, 2, 1, 1)
 
 
 def twice(_: int) -> bool:
-    first, second = (
-        initialize_model_parallel(tp=2, pp=1, cp=1, virtual_pp=None, seed=1).tp_group for _ in range(2)
-    )
+    first, second = (initialize_model_parallel(tp=2, pp=1, cp=1, virtual_pp=None, seed=1).tp_group for _ in range(2))
     return first is second
 
 

@@ -14,9 +14,7 @@ from tests.helpers.ranks import run_ranks
 def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What the console prints, on a terminal 100 columns wide."""
     out = io.StringIO()
-    console = Console(
-        file=out, width=100, highlight=False, soft_wrap=True, force_terminal=True, color_system=None
-    )
+    console = Console(file=out, width=100, highlight=False, soft_wrap=True, force_terminal=True, color_system=None)
     monkeypatch.setattr(log, "_console", console)
     return out
 

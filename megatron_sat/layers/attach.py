@@ -62,9 +62,7 @@ def build_selector(module: SparsePair, *, layer: int, config: SelectionConfig, l
         neurons,
         place=place,
         config=config,
-        weights=Weights(
-            column=lambda: column.weight, row=lambda: row.weight, arrive=lambda: _wait_for(column, row)
-        ),
+        weights=Weights(column=lambda: column.weight, row=lambda: row.weight, arrive=lambda: _wait_for(column, row)),
         add_ranks=_adder(config, layout, sequence_parallel=module.config.sequence_parallel),
     )
 
@@ -135,15 +133,12 @@ def _groups_here(config: SelectionConfig, layout: Layout, *, units: int, noun: s
     here = groups // layout.tp_size
     if units % here:
         raise ValueError(
-            f"--sat-selection-groups ({groups}) must divide the {noun} ({units * layout.tp_size}); "
-            f"try {layout.tp_size}"
+            f"--sat-selection-groups ({groups}) must divide the {noun} ({units * layout.tp_size}); try {layout.tp_size}"
         )
     return here
 
 
-def _adder(
-    config: SelectionConfig, layout: Layout, *, sequence_parallel: bool
-) -> Callable[[Tensor, Needs], Tensor]:
+def _adder(config: SelectionConfig, layout: Layout, *, sequence_parallel: bool) -> Callable[[Tensor, Needs], Tensor]:
     """Adds sums over the ranks which hold other tokens: CP always, DP if shared, TP for inputs under SP."""
     replicas = layout.dp_cp_group if config.dp_selection == "shared" else layout.cp_group
 

@@ -22,9 +22,7 @@ from megatron_sat.model.spec import norm_for, sparse_attention_spec
 class SparseHybridStack(HybridStack):
     """Megatron's stack with our final norm."""
 
-    def __init__(
-        self, config: TransformerConfig, *args: Any, post_layer_norm: bool = True, **kwargs: Any
-    ) -> None:
+    def __init__(self, config: TransformerConfig, *args: Any, post_layer_norm: bool = True, **kwargs: Any) -> None:
         # 0.19 builds TENorm here, which needs Transformer Engine; may go when the norm is in the spec
         super().__init__(config, *args, post_layer_norm=False, **kwargs)
         self.post_layer_norm = post_layer_norm

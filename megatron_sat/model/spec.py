@@ -23,9 +23,7 @@ from megatron_sat.layers.norm import rms_norm
 def norm_for(config: TransformerConfig) -> type[Module]:
     """The norm for this configuration on this machine. Raises ValueError for other than plain RMSNorm."""
     if config.normalization != "RMSNorm":
-        raise ValueError(
-            f"--normalization must be RMSNorm for sparse layers, got {config.normalization}; pass RMSNorm"
-        )
+        raise ValueError(f"--normalization must be RMSNorm for sparse layers, got {config.normalization}; pass RMSNorm")
     if config.layernorm_zero_centered_gamma:
         raise ValueError(
             "--apply-layernorm-1p must be off for sparse layers, got it on; their norms know no 1 + weight"
@@ -83,6 +81,4 @@ def sparse_layer_spec(config: TransformerConfig) -> ModuleSpec:
 def sparse_block_spec(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The layers of this rank's pipeline chunk, and the final norm."""
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(
-        layer_specs=[sparse_layer_spec(config)] * layers, layer_norm=norm_for(config)
-    )
+    return TransformerBlockSubmodules(layer_specs=[sparse_layer_spec(config)] * layers, layer_norm=norm_for(config))

@@ -54,9 +54,7 @@ def tiny_config(**changes: Any) -> TransformerConfig:
 def tiny_chunks(config: TransformerConfig | None = None, **changes: Any) -> list[nn.Module]:
     """This rank's chunks, filled by `fill`. ``share_embeddings_and_output_weights`` goes to the embedding."""
     tied = changes.pop("share_embeddings_and_output_weights", False)
-    embedding = Embedding(
-        padded_vocab_size=VOCAB, max_sequence_length=SEQ, share_embeddings_and_output_weights=tied
-    )
+    embedding = Embedding(padded_vocab_size=VOCAB, max_sequence_length=SEQ, share_embeddings_and_output_weights=tied)
     chunks = build_chunks(config or tiny_config(**changes), embedding)
     for chunk in chunks:
         fill(chunk)

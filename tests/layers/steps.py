@@ -78,9 +78,7 @@ def outcome(setup: Setup, prepare: Callable[[], None] = lambda: None) -> Outcome
     return Outcome(losses[0], grads, choices)
 
 
-def attached(
-    chunks: list[Any], *, selection: dict[str, Any], there: Layout, rate: Fraction, steps: int
-) -> Controller:
+def attached(chunks: list[Any], *, selection: dict[str, Any], there: Layout, rate: Fraction, steps: int) -> Controller:
     """Selectors on the chunks, and what takes them through steps at one rate."""
     config = SelectionConfig(**selection)
     attach_selectors(chunks, config=config, layout=there)

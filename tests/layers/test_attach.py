@@ -30,9 +30,7 @@ def places(_: int, selection: dict[str, Any], *, tp: int = 1, pp: int = 1) -> li
 def test_every_attention_and_mlp_gets_one() -> None:
     attention, mlp = (0, 1, 1, 1, 4), (0, 1, 1, 8, 96)
     assert run_ranks(places, 1, {"channel_multiple": 8})[0] == [
-        (kind, layer, *rest)
-        for layer in (1, 2, 3, 4)
-        for kind, rest in (("attention", attention), ("mlp", mlp))
+        (kind, layer, *rest) for layer in (1, 2, 3, 4) for kind, rest in (("attention", attention), ("mlp", mlp))
     ]
 
 

@@ -103,18 +103,14 @@ def run_dense(_: int, attached: bool, extras: dict[str, Any]) -> tuple[Run, Run]
 
 @pytest.mark.parametrize("extras", EXTRAS)
 @pytest.mark.parametrize("attached", [False, True], ids=["no-selector", "rate-0"])
-def test_without_a_choice_the_attention_is_megatrons_bit_for_bit(
-    attached: bool, extras: dict[str, Any]
-) -> None:
+def test_without_a_choice_the_attention_is_megatrons_bit_for_bit(attached: bool, extras: dict[str, Any]) -> None:
     ours, megatrons = run_ranks(run_dense, 1, attached, extras)[0]
     assert torch.equal(ours.output, megatrons.output)
     assert torch.equal(ours.input_grad, megatrons.input_grad)
     assert all(torch.equal(ours.grads[name], grad) for name, grad in megatrons.grads.items())
 
 
-def narrower(
-    _: int, gqa: str, groups: int, extras: dict[str, Any], *, spoil: bool = False
-) -> tuple[Run, Run]:
+def narrower(_: int, gqa: str, groups: int, extras: dict[str, Any], *, spoil: bool = False) -> tuple[Run, Run]:
     """Ours in bf16 with half its heads, gradients cut; and a plain attention that has only these."""
     layout()
     bf16 = {"params_dtype": torch.bfloat16, "kv_channels": 8, **extras}
@@ -133,9 +129,7 @@ def narrower(
         return tensors | {name: t[masks.rows] for name, t in tensors.items() if "linear_qkv" in name}
 
     kept_groups = groups // 2 if gqa == "group" else groups
-    small = attention_pair(
-        SDPACoreAttention, num_attention_heads=4, num_query_groups=kept_groups, **bf16
-    ).twin
+    small = attention_pair(SDPACoreAttention, num_attention_heads=4, num_query_groups=kept_groups, **bf16).twin
     small.load_state_dict(cut(pair.sparse.state_dict()))
     return ours._replace(grads=cut(ours.grads)), run(small, pair.rest)
 

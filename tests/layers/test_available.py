@@ -91,8 +91,7 @@ def in_use(*, cuda: bool = True, dtype: torch.dtype = torch.bfloat16, fusion: bo
 def test_one_line_says_that_torch_does_it_all() -> None:
     torch_is = f"torch {torch.__version__}"
     assert in_use(fusion=False) == (
-        f"attention: {torch_is} SDPA; norm: {torch_is}; optimizer: torch's AdamW; "
-        "gradient accumulation: not fused"
+        f"attention: {torch_is} SDPA; norm: {torch_is}; optimizer: torch's AdamW; gradient accumulation: not fused"
     )
 
 

@@ -100,9 +100,7 @@ DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
 
 def with_dropout(importance: str, **model: Any) -> Setup:
     statistics = "lagged" if importance == "wanda" else "fresh"
-    return Setup(
-        model=DROPOUT | model, selection={"importance": importance, "statistics": statistics}, steps=2
-    )
+    return Setup(model=DROPOUT | model, selection={"importance": importance, "statistics": statistics}, steps=2)
 
 
 def assert_identical(found: Outcome, expected: Outcome) -> None:

@@ -127,9 +127,7 @@ def test_dropout_differs_between_tensor_parallel_ranks_whose_heads_differ() -> N
 
 def test_there_is_dropout_in_training_and_none_in_evaluation() -> None:
     training, evaluation = (run_ranks(dropped, 1, 1, mode)[0] for mode in (True, False))
-    assert torch.equal(
-        evaluation, run_ranks(forward_backward, 1, 4, 2, SDPACoreAttention, torch.float64)[0][0]
-    )
+    assert torch.equal(evaluation, run_ranks(forward_backward, 1, 4, 2, SDPACoreAttention, torch.float64)[0][0])
     assert not torch.allclose(training, evaluation)
 
 
@@ -195,8 +193,7 @@ def test_flash_attention_gets_its_own_layout_and_gives_what_sdpa_gives(
 def test_flash_attention_equals_sdpa_under_context_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
     play_flash_attention(monkeypatch)
     flash, sdpa = (
-        run_ranks(context_parallel, 2, 4, 2, kind, torch.bfloat16)
-        for kind in (FlashCoreAttention, SDPACoreAttention)
+        run_ranks(context_parallel, 2, 4, 2, kind, torch.bfloat16) for kind in (FlashCoreAttention, SDPACoreAttention)
     )
     assert_close(flash, sdpa)
 
@@ -222,9 +219,7 @@ def without_library(_: int) -> None:
 
 
 def test_flash_attention_that_is_not_installed_is_refused_with_the_way_out() -> None:
-    with pytest.raises(
-        RuntimeError, match="ValueError: flash-attn must be installed .*, or use SDPACoreAttention"
-    ):
+    with pytest.raises(RuntimeError, match="ValueError: flash-attn must be installed .*, or use SDPACoreAttention"):
         run_ranks(without_library, 1)
 
 

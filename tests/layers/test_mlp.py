@@ -6,10 +6,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from megatron_sat.layers.mlp import SparseMLP
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tiny import layout
+from tests.helpers.tiny import layout, tiny_config
 from tests.layers.twins import Masks, Run, assert_same, attach, mlp_masks, mlp_pair, run, run_twin, step
 
 RATES = [Fraction(1, 4), Fraction(1, 2), Fraction(3, 4), Fraction(99, 100)]
@@ -50,9 +54,7 @@ def both(
 
 @pytest.mark.parametrize("changes", KINDS)
 @pytest.mark.parametrize("rate", RATES, ids=str)
-def test_sparse_mlp_equals_dense_mlp_with_omitted_channels_zeroed(
-    rate: Fraction, changes: dict[str, Any]
-) -> None:
+def test_sparse_mlp_equals_dense_mlp_with_omitted_channels_zeroed(rate: Fraction, changes: dict[str, Any]) -> None:
     ours, twins, _, _ = run_ranks(both, 1, rate, changes)[0]
     assert_same(ours, twins)
 
@@ -128,3 +130,19 @@ def test_a_narrower_mlp_of_other_weights_is_told_apart() -> None:
     ours, small = run_ranks(narrower, 1, {}, spoil=True)[0]
     assert not torch.equal(ours.output, small.output)
     assert not any(torch.equal(ours.grads[name], grad) for name, grad in small.grads.items())
+
+
+def built_by_spec(_: int) -> list[str]:
+    """The linear layers of an MLP from a ModuleSpec without submodules, and with other ones."""
+    layout()
+    plain = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    specs = ModuleSpec(module=SparseMLP), ModuleSpec(module=SparseMLP, submodules=plain)
+    return [type(layer).__name__ for spec in specs for layer in spec(config=tiny_config()).linear_pair()]
+
+
+def test_a_module_spec_builds_it_with_sparse_layers_or_those_it_names() -> None:
+    ours, plain = (
+        ["SparseColumnParallelLinear", "SparseRowParallelLinear"],
+        ["ColumnParallelLinear", "RowParallelLinear"],
+    )
+    assert run_ranks(built_by_spec, 1)[0] == ours + plain

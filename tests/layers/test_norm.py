@@ -136,9 +136,7 @@ def marks(_: int) -> list[bool]:
 
 
 @pytest.mark.parametrize("player", PLAYERS)
-def test_the_weight_is_marked_under_sequence_parallelism(
-    monkeypatch: pytest.MonkeyPatch, player: str
-) -> None:
+def test_the_weight_is_marked_under_sequence_parallelism(monkeypatch: pytest.MonkeyPatch, player: str) -> None:
     PLAYERS[player](monkeypatch)
     assert run_ranks(marks, 2) == [[False, True]] * 2
 

@@ -67,9 +67,7 @@ def assert_same(found: Outcome, expected: Outcome) -> None:
 
 
 @pytest.mark.parametrize("layout, model", CASES)
-def test_a_layout_keeps_the_neurons_and_has_the_loss_and_gradients_of_one_process(
-    layout: str, model: str
-) -> None:
+def test_a_layout_keeps_the_neurons_and_has_the_loss_and_gradients_of_one_process(layout: str, model: str) -> None:
     assert_same(outcome(setup_of(layout, model)), alone(model))
 
 
@@ -97,9 +95,7 @@ def test_each_part_of_the_comparison_counts(part: str) -> None:
     expected = alone("gqa")
     spoilt = {
         "losses": expected._replace(losses=[loss * 1.0001 for loss in expected.losses]),
-        "grads": expected._replace(
-            grads=expected.grads | {"decoder.final_layernorm.weight": torch.zeros(64)}
-        ),
+        "grads": expected._replace(grads=expected.grads | {"decoder.final_layernorm.weight": torch.zeros(64)}),
         "choices": expected._replace(choices=expected.choices[::-1]),
     }
     with pytest.raises(AssertionError):
@@ -108,7 +104,6 @@ def test_each_part_of_the_comparison_counts(part: str) -> None:
 
 def test_without_selection_groups_the_choice_depends_on_the_tensor_parallel_size() -> None:
     tp1, tp2 = (
-        outcome(Setup(tp=tp, selection={"selection_groups": tp, "selection": "top-k"})).choices
-        for tp in (1, 2)
+        outcome(Setup(tp=tp, selection={"selection_groups": tp, "selection": "top-k"})).choices for tp in (1, 2)
     )
     assert tp1 != tp2

@@ -80,9 +80,7 @@ def both_steps(_: int, rate: Fraction, tp: int, changes: dict[str, Any]) -> list
 def test_a_hybrid_model_keeps_and_computes_what_the_gpt_model_does(
     rate: Fraction, tp: int, changes: dict[str, Any]
 ) -> None:
-    for (gpt_loss, gpt_grads, gpt_choices), (loss, grads, choices) in run_ranks(
-        both_steps, tp, rate, tp, changes
-    ):
+    for (gpt_loss, gpt_grads, gpt_choices), (loss, grads, choices) in run_ranks(both_steps, tp, rate, tp, changes):
         assert choices == gpt_choices
         assert torch.equal(loss, gpt_loss)
         assert grads.keys() == gpt_grads.keys()

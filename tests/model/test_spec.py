@@ -68,9 +68,7 @@ def contents(_: int, tp: int, changes: dict[str, Any]) -> list[dict[str, Any]]:
 
 @MODELS
 @pytest.mark.parametrize("tp", [1, 2])
-def test_names_shapes_and_checkpoint_keys_are_those_of_plain_megatron(
-    tp: int, changes: dict[str, Any]
-) -> None:
+def test_names_shapes_and_checkpoint_keys_are_those_of_plain_megatron(tp: int, changes: dict[str, Any]) -> None:
     for ours, plain in run_ranks(contents, tp, tp, changes):
         assert ours == plain
 
