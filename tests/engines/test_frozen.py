@@ -1,17 +1,16 @@
 """Held entries stay bit-identical across an update, in every optimizer of megatron.core; all others move."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
 from megatron_sat.engines.base import Held
 from megatron_sat.engines.frozen import Piece, hold_entries, pieces
 from megatron_sat.engines.megatron import MegatronEngine
+from tests.helpers.engine_state import named, snapshot
 from tests.helpers.plain_engine import make_engine, train
 from tests.helpers.ranks import run_ranks
 
@@ -40,12 +39,6 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def named(engine: MegatronEngine) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    for index, chunk in enumerate(engine.chunks):
-        for name, parameter in chunk.named_parameters():
-            yield f"{index}.{name}", parameter
-
-
 def choose(engine: MegatronEngine) -> dict[str, tuple[torch.nn.Parameter, int, Tensor]]:
     """A third of the rows of fc1 and qkv, of the columns of fc2, and of a norm: by index and by mask."""
     chosen = {}
@@ -57,34 +50,6 @@ def choose(engine: MegatronEngine) -> dict[str, tuple[torch.nn.Parameter, int, T
         elif "final_layernorm" in name:
             chosen[name] = (parameter, 0, torch.tensor([0, 5]))
     return chosen
-
-
-def snapshot(engine: MegatronEngine) -> dict[str, Tensor]:
-    """Every weight, master weight and moment of this rank, shaped like its parameter; zeros where another
-    rank has it."""
-    optimizer = engine._optimizer
-    engine.gather_weights()
-    seen: dict[str, Tensor] = {}
-    for name, parameter in named(engine):
-        seen[f"{name} weight"] = parameter.detach().clone()
-        for wrapper in (
-            optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-        ):
-            main, start = parameter, 0
-            if hasattr(wrapper, "model_param_group_index_map"):
-                if parameter not in wrapper.model_param_group_index_map:
-                    continue
-                group, order = wrapper.model_param_group_index_map[parameter]
-                main = wrapper.optimizer.param_groups[group]["params"][order]
-                start = wrapper._get_model_param_range_map(parameter)["param"].start
-            elif parameter.dtype != torch.float32:
-                main = parameter.main_param
-            for key, tensor in {"main": main, **wrapper.optimizer.state.get(main, {})}.items():
-                if isinstance(tensor, Tensor) and tensor.shape == main.shape:
-                    whole = torch.zeros(parameter.numel(), dtype=tensor.dtype)
-                    whole[start : start + tensor.numel()] = tensor.detach().flatten()
-                    seen[f"{name} {key}"] = whole.view(parameter.shape)
-    return seen
 
 
 def compare(rank: int, settings: dict[str, Any], hold: bool) -> dict[str, tuple[bool, float]]:
