@@ -1,10 +1,9 @@
-"""Faults of the libraries under us: each in one place, with the versions that have it and when our repair may
-go.
+"""Faults of the libraries under us: each in one place, with the versions that have it and when our repair may go.
 
-`FAULTS` is the whole list. A repair replaces one function of the library by one that calls it (`__wrapped__`
-is the library's own), and only where the installed version has the fault and nothing installed avoids it.
-What cannot be repaired from outside stands in the list too, with the way around it. Call `apply_all` before
-training; entry points do."""
+`FAULTS` is the whole list. A repair replaces one function of the library by one that calls it (`__wrapped__` is the
+library's own), and only where the installed version has the fault and nothing installed avoids it. What cannot be
+repaired from outside stands in the list too, with the way around it. Call `apply_all` before training; entry points do.
+"""
 
 import functools
 import importlib.util
@@ -44,9 +43,7 @@ class Fault:
 
     def present(self) -> bool:
         """Whether this installation has the fault."""
-        return (
-            SpecifierSet(self.versions).contains(version(self.library), prereleases=True) and self.only_if()
-        )
+        return SpecifierSet(self.versions).contains(version(self.library), prereleases=True) and self.only_if()
 
 
 _applied: set[str] = set()
@@ -190,8 +187,7 @@ FAULTS: tuple[Fault, ...] = (
         versions=">=0.16.1,<0.20",
         what="even a synchronous save spawns a manager process a rank (2 s and more) that imports the main "
         "script anew, runs it where it has no __main__ guard, and outlives os._exit",
-        until="may go when a synchronous save starts no process; do not combine with megatron.core's own "
-        "async save",
+        until="may go when a synchronous save starts no process; do not combine with megatron.core's own async save",
         repair=_results_queue,
     ),
     Fault(

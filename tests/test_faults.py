@@ -131,9 +131,7 @@ def saving_starts(rank: int, folder: str, *names: str) -> bool:
 
     filesystem_async.mp.get_context = get_context
     engine, _ = make_engine()
-    state = engine.sharded_state_dict(
-        is_loading=False, with_optimizer=False, content_metadata=engine.content_metadata
-    )
+    state = engine.sharded_state_dict(is_loading=False, with_optimizer=False, content_metadata=engine.content_metadata)
     dist_checkpointing.save(state, folder)
     return "spawn" in asked
 

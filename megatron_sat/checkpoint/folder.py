@@ -4,7 +4,8 @@
     SAVE/latest_checkpointed_iteration.txt  the newest, written last
 
 A checkpoint is written under another name and renamed when it is whole, so a crash leaves no half of one that
-looks like one. Everything here runs in one process; who calls it on many ranks lets one of them do it."""
+looks like one. Everything here runs in one process; who calls it on many ranks lets one of them do it.
+"""
 
 import re
 import shutil
@@ -40,8 +41,7 @@ def has_checkpoint(root: Path) -> bool:
 
 
 def find(root: Path, *, step: int | None) -> tuple[Path, int | None]:
-    """The folder of the checkpoint of iteration `step` (None: the newest), and its iteration (None: a
-    release).
+    """The folder of the checkpoint of iteration `step` (None: the newest), and its iteration (None: a release).
 
     Raises ValueError, naming what is there, when there is none or it was never finished.
     """
@@ -65,9 +65,7 @@ def _newest(root: Path) -> int | None:
     if text == RELEASE:
         return None
     if not text.isdigit():
-        raise ValueError(
-            f"{tracker} must hold an iteration or '{RELEASE}', got {text[:40]!r}; {_whole(root)}"
-        )
+        raise ValueError(f"{tracker} must hold an iteration or '{RELEASE}', got {text[:40]!r}; {_whole(root)}")
     return int(text)
 
 
@@ -89,8 +87,7 @@ def begin(root: Path, iteration: int) -> Path:
 
 
 def finish(root: Path, iteration: int, *, keep_last: int | None) -> None:
-    """Give a written checkpoint its name, point the tracker at it, and drop all but the `keep_last`
-    newest."""
+    """Give a written checkpoint its name, point the tracker at it, and drop all but the `keep_last` newest."""
     folder = folder_of(root, iteration)
     if folder.exists():
         shutil.rmtree(folder)

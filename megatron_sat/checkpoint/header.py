@@ -55,13 +55,10 @@ class Header:
 
 
 def first_difference(saved: Any, *, now: Any, name: str) -> tuple[str, Any, Any] | None:
-    """The first place where two plain values differ: its name, the saved value, the present one. None if
-    equal."""
+    """The first place where two plain values differ: its name, the saved value, the present one. None if equal."""
     if isinstance(saved, Mapping) and isinstance(now, Mapping):
         for key in [*now, *(key for key in saved if key not in now)]:
-            found = first_difference(
-                saved.get(key), now=now.get(key), name=f"{name}.{key}" if name else str(key)
-            )
+            found = first_difference(saved.get(key), now=now.get(key), name=f"{name}.{key}" if name else str(key))
             if found:
                 return found
         return None

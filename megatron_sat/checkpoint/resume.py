@@ -59,8 +59,7 @@ class LoadConfig:
     """How much of a checkpoint to take. Field names are Megatron-LM's flags."""
 
     finetune: bool = False
-    """Take the weights alone: a new run from iteration 0, its own schedule and data (re-warming starts
-    here)."""
+    """Take the weights alone: a new run from iteration 0, its own schedule and data (re-warming starts here)."""
     no_load_optim: bool = False
     """Leave optimizer and learning-rate schedule as they start; the iteration goes on."""
     no_load_rng: bool = False
@@ -116,9 +115,7 @@ def save_checkpoint(
     if keep_last is not None and keep_last < 1:
         raise ValueError(f"--save-keep-last must be at least 1, got {keep_last}; leave it out to keep all")
     metadata = trainer.content_metadata
-    state = trainer.sharded_state_dict(
-        is_loading=False, with_optimizer=with_optimizer, content_metadata=metadata
-    )
+    state = trainer.sharded_state_dict(is_loading=False, with_optimizer=with_optimizer, content_metadata=metadata)
     state.update(iteration=header.iteration, checkpoint_version=_CHECKPOINT_VERSION)
     state[KEY] = header.to_plain()
     state["sat_tensors"] = _describe_tensors(tensors, layout=layout)
@@ -135,22 +132,17 @@ def save_checkpoint(
 
 
 def _describe_tensors(tensors: Mapping[str, Tensor], *, layout: Layout) -> dict[str, ShardedTensor]:
-    assert all(name.startswith(EXTRA) for name in tensors), (
-        f"named tensors start with {EXTRA}: {list(tensors)[:3]}"
-    )
+    assert all(name.startswith(EXTRA) for name in tensors), f"named tensors start with {EXTRA}: {list(tensors)[:3]}"
     replica = (0, layout.tp_rank, layout.dp_rank * layout.cp_size + layout.cp_rank)
-    return {
-        name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=replica)
-        for name, tensor in tensors.items()
-    }
+    return {name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=replica) for name, tensor in tensors.items()}
 
 
 def open_checkpoint(root: Path, *, step: int | None = None) -> Checkpoint:
-    """Find the checkpoint of iteration `step` (None: the newest) under `root` and read what it says of
-    itself.
+    """Find the checkpoint of iteration `step` (None: the newest) under `root` and read what it says of itself.
 
     Collective where there are ranks: one of them reads. Raises ValueError when there is none, when it is
-    incomplete or damaged, or when loading it could run code."""
+    incomplete or damaged, or when loading it could run code.
+    """
 
     def read() -> Checkpoint:
         folder, iteration = folders.find(root, step=step)
@@ -194,18 +186,15 @@ def load_checkpoint(
     """Load an opened checkpoint into `trainer`; collective.
 
     tokenizer, data: of this run, as its own header will say. Raises ValueError, on all ranks alike and before
-    anything is changed, when the checkpoint does not fit this run."""
+    anything is changed, when the checkpoint does not fit this run.
+    """
     with_optimizer = not (config.finetune or config.no_load_optim)
     metadata = checkpoint.common.get("content_metadata") or trainer.content_metadata
-    _refuse_together(
-        _first_complaint(checkpoint, trainer=trainer, tokenizer=tokenizer, data=data, config=config)
-    )
+    _refuse_together(_first_complaint(checkpoint, trainer=trainer, tokenizer=tokenizer, data=data, config=config))
     model = trainer.sharded_state_dict(is_loading=False, with_optimizer=False, content_metadata=metadata)
     _refuse_together(_shape_complaint(checkpoint, model=model, tokenizer=tokenizer))
 
-    state = trainer.sharded_state_dict(
-        is_loading=True, with_optimizer=with_optimizer, content_metadata=metadata
-    )
+    state = trainer.sharded_state_dict(is_loading=True, with_optimizer=with_optimizer, content_metadata=metadata)
     states = rng.gather()
     with_rng = not (config.finetune or config.no_load_rng)
     if with_rng and not rng.fits(states, saved=checkpoint.shapes, layout=layout):
@@ -276,11 +265,8 @@ def _first_complaint(
     return None if config.no_load_optim else trainer.complaint(checkpoint.common)
 
 
-def _shape_complaint(
-    checkpoint: Checkpoint, *, model: Mapping[str, Any], tokenizer: str | None
-) -> str | None:
-    """Why the model does not fit, or None; collective: a checkpoint may have what no pipeline stage asks
-    for."""
+def _shape_complaint(checkpoint: Checkpoint, *, model: Mapping[str, Any], tokenizer: str | None) -> str | None:
+    """Why the model does not fit, or None; collective: a checkpoint may have what no pipeline stage asks for."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, wanted_tensors(model))
     wanted = {key: tensor for one in everyone for key, tensor in one.items()}

@@ -2,7 +2,8 @@
 
 A state belongs to a place in the pipeline x tensor grid; replicas share it. States are [pp, tp, n] bytes, one
 tensor a generator, so they load only into a grid of the same size and on a device of the same kind. They
-matter to dropout alone: everything of ours draws from generators seeded by what a checkpoint says anyway."""
+matter to dropout alone: everything of ours draws from generators seeded by what a checkpoint says anyway.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -60,6 +61,4 @@ def fits(states: Mapping[str, Tensor], *, saved: Mapping[str, Any], layout: Layo
     """Whether a checkpoint has exactly these states for exactly this grid. saved: shapes by key."""
     theirs = {name for name in saved if name.startswith(PREFIX)}
     grid = (layout.pp_size, layout.tp_size)
-    return theirs == set(states) and all(
-        tuple(saved[name]) == (*grid, state.numel()) for name, state in states.items()
-    )
+    return theirs == set(states) and all(tuple(saved[name]) == (*grid, state.numel()) for name, state in states.items())

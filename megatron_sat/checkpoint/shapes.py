@@ -1,5 +1,4 @@
-"""Does a model fit a checkpoint? Compared by the names and whole shapes of their tensors, before anything is
-loaded."""
+"""Does a model fit a checkpoint? Compared by the names and whole shapes of their tensors, before anything is loaded."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -46,8 +45,8 @@ def _values(built: Any) -> Iterable[Any]:
 def misfits(wanted: Mapping[str, Wanted], *, saved: Mapping[str, Shape], padding_known: bool) -> list[str]:
     """One line a tensor that differs, by name. saved: the checkpoint's model tensors.
 
-    padding_known: model and checkpoint are known to have the same vocabulary, so that only its padding can
-    differ."""
+    padding_known: model and checkpoint are known to have the same vocabulary, so that only its padding can differ.
+    """
     lines = []
     for name in sorted(wanted.keys() | saved.keys()):
         if name not in saved:
@@ -57,9 +56,7 @@ def misfits(wanted: Mapping[str, Wanted], *, saved: Mapping[str, Shape], padding
         elif saved[name] != wanted[name].shape and not (
             padding_known and wanted[name].padded and saved[name][1:] == wanted[name].shape[1:]
         ):
-            lines.append(
-                f"{name}: {list(wanted[name].shape)} in the model, {list(saved[name])} in the checkpoint"
-            )
+            lines.append(f"{name}: {list(wanted[name].shape)} in the model, {list(saved[name])} in the checkpoint")
     return lines
 
 

@@ -1,10 +1,10 @@
 """What a checkpoint's pickles may name: nothing that runs code.
 
-torch's distributed format keeps its index and every object that is not a tensor as pickles, and megatron.core
-reads them without restriction. So before it does, they are read here with one: the index by an unpickler that
-knows only the index's own classes, the objects by torch.load(weights_only=True), which knows tensors, plain
-containers and what megatron.core registered. What does not pass is refused by name. Tensors themselves cannot
-carry code."""
+torch's distributed format keeps its index and every object that is not a tensor as pickles, and megatron.core reads
+them without restriction. So before it does, they are read here with one: the index by an unpickler that knows only the
+index's own classes, the objects by torch.load(weights_only=True), which knows tensors, plain containers and what
+megatron.core registered. What does not pass is refused by name. Tensors themselves cannot carry code.
+"""
 
 import io
 import pickle
@@ -84,9 +84,7 @@ def check_files(folder: Path, *, index: Metadata) -> None:
     for name, size in sorted(needed.items()):
         path = folder / name
         if Path(name).name != name:
-            raise ValueError(
-                f"a checkpoint's files must lie in its folder, {folder} names {name}; do not load it"
-            )
+            raise ValueError(f"a checkpoint's files must lie in its folder, {folder} names {name}; do not load it")
         if not path.is_file():
             raise ValueError(f"{path} must be there with {size} bytes, it is missing; {_ANOTHER}")
         if (has := path.stat().st_size) < size:
@@ -96,16 +94,12 @@ def check_files(folder: Path, *, index: Metadata) -> None:
 def check_objects(folder: Path, *, index: Metadata) -> None:
     """Refuse a checkpoint with an object whose pickle names anything outside of torch's safe list. Raises
     ValueError."""
-    objects = {
-        name for name, kind in index.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata)
-    }
+    objects = {name for name, kind in index.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata)}
     for entry, info in (index.storage_data or {}).items():
         if entry.fqn in objects:
             with (folder / info.relative_path).open("rb") as file:
                 file.seek(info.offset)
-                _check_pickle(
-                    io.BytesIO(file.read(info.length)), name=f"{entry.fqn} in {folder / info.relative_path}"
-                )
+                _check_pickle(io.BytesIO(file.read(info.length)), name=f"{entry.fqn} in {folder / info.relative_path}")
     common = folder / "common.pt"  # megatron.core before 0.17
     if common.is_file():
         _check_pickle(io.BytesIO(common.read_bytes()), name=str(common))

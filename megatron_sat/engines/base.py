@@ -1,9 +1,8 @@
 """The engine protocol: what the training loop asks of whoever moves the gradients.
 
-An engine owns the wrapped model, the optimizer and the learning-rate schedule. It runs whole steps (all
-micro-batches forward and backward, the reduction over data parallel, the update) and passes without a
-gradient; it hands its state to a checkpoint and takes it back. It does not know which modules the model is
-made of.
+An engine owns the wrapped model, the optimizer and the learning-rate schedule. It runs whole steps (all micro-batches
+forward and backward, the reduction over data parallel, the update) and passes without a gradient; it hands its state to
+a checkpoint and takes it back. It does not know which modules the model is made of.
 
 Shapes: `b` micro-batch, `s` sequence, `cp` context-parallel size.
 """
@@ -75,8 +74,7 @@ class Engine(Protocol):
     def train_step(
         self, micro_batches: Iterator[Batch], *, num_micro_batches: int, forward: Forward = forward_tokens
     ) -> StepResult:
-        """Draw `num_micro_batches` from the iterator, sum their gradients, reduce, update, advance the
-        schedule."""
+        """Draw `num_micro_batches` from the iterator, sum their gradients, reduce, update, advance the schedule."""
 
     def evaluate(
         self, micro_batches: Iterator[Batch], *, num_micro_batches: int, forward: Forward = forward_tokens
@@ -84,28 +82,23 @@ class Engine(Protocol):
         """The mean loss over `num_micro_batches` of every data-parallel rank; nothing changes."""
 
     def gather_weights(self) -> None:
-        """Make this rank's weights whole now, where an engine leaves them in shards between an update and the
-        forward that needs them (overlapped gathering). For whoever reads weights outside of their module's
-        forward."""
+        """Make this rank's weights whole now, where an engine leaves them in shards between an update and the forward
+        that needs them (overlapped gathering). For whoever reads weights outside of their module's forward."""
 
     def hold(self, entries: Callable[[], Iterable[Held]]) -> None:
-        """From now on ask `entries` before each update and leave these weights and moments bit-identical
-        across it."""
+        """From now on ask `entries` before each update and leave these weights and moments bit-identical across it."""
 
     @property
     def content_metadata(self) -> dict[str, Any]:
-        """How this engine names and cuts tensors in a checkpoint; saved beside them and handed back for
-        loading."""
+        """How this engine names and cuts tensors in a checkpoint; saved beside them and handed back for loading."""
 
     def sharded_state_dict(
         self, *, is_loading: bool, with_optimizer: bool, content_metadata: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """The state as megatron.core's dist_checkpointing describes it; tensors are this rank's own, not
-        copies."""
+        """The state as megatron.core's dist_checkpointing describes it; tensors are this rank's own, not copies."""
 
     def complaint(self, saved: Mapping[str, Any]) -> str | None:
-        """Why the unsharded part of a saved optimizer and schedule cannot be taken back, or None. Touches
-        nothing."""
+        """Why the unsharded part of a saved optimizer and schedule cannot be taken back, or None. Touches nothing."""
 
     def load_state_dict(self, state: Mapping[str, Any], *, with_optimizer: bool) -> None:
         """Take back what a checkpoint filled into the description."""

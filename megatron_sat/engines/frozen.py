@@ -1,14 +1,13 @@
-"""Entries that sit an update out: weights and optimizer state bit-identical before and after it (the paper's
-eq. 2).
+"""Entries that sit an update out: weights and optimizer state bit-identical before and after it (the paper's eq. 2).
 
 A zero gradient is not enough: momentum and weight decay still move an entry. So the held entries of the
 weights that the inner torch optimizer steps on, and of every state tensor beside them, are copied before its
 step and written back after it. This costs one transient copy of what is held, and nothing where nothing is.
 
 Works on megatron.core's three wrappers of a torch optimizer: FP32Optimizer steps on the model's parameters,
-Float16OptimizerWithFloat16Params on fp32 copies, DistributedOptimizer on this rank's flat range of a
-parameter or of its fp32 copy. The model's own 16-bit weights follow, being rounded from copies that did not
-change."""
+Float16OptimizerWithFloat16Params on fp32 copies, DistributedOptimizer on this rank's flat range of a parameter or of
+its fp32 copy. The model's own 16-bit weights follow, being rounded from copies that did not change.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,8 +29,7 @@ from megatron_sat.engines.base import Held
 def hold_entries(optimizer: MegatronOptimizer, *, entries: Callable[[], Iterable[Held]]) -> None:
     """Before each step of `optimizer` ask `entries` what must not move, and see to it.
 
-    entries: called once a step on every inner optimizer; parameters that belong to another one are passed
-    over.
+    entries: called once a step on every inner optimizer; parameters that belong to another one are passed over.
     Raises ValueError for an optimizer whose state cannot be held entry by entry.
     """
     inner = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
@@ -166,15 +164,12 @@ class _Holder:
         if main not in state:
             return {}
         return {
-            name: v
-            for name, v in state[main].items()
-            if isinstance(v, Tensor) and v.shape == main.shape and v.dim()
+            name: v for name, v in state[main].items() if isinstance(v, Tensor) and v.shape == main.shape and v.dim()
         }
 
 
 def _stepped_on(wrapper: MegatronOptimizer, *, parameter: torch.nn.Parameter) -> tuple[Tensor | None, int]:
-    """The tensor that the inner optimizer steps on for `parameter`, and the first element of it that it
-    stands for.
+    """The tensor that the inner optimizer steps on for `parameter`, and the first element of it that it stands for.
 
     None where this rank's shard of the optimizer has nothing of it.
     """

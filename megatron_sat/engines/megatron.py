@@ -1,11 +1,9 @@
-"""The engine on megatron.core: its DDP, schedules, optimizers and learning-rate scheduler under one
-`train_step`.
+"""The engine on megatron.core: its DDP, schedules, optimizers and learning-rate scheduler under one `train_step`.
 
-All of Megatron's parallelism passes through here unchanged: pipelines (1F1B and interleaved), data and
-context parallelism with overlapped reduction, the distributed optimizer with overlapped gathering, sequence
-parallelism, tied embeddings, bf16 and fp16. The loss is summed over unmasked tokens and divided once by their
-number in the whole global batch where `calculate_per_token_loss` is set; without it every micro-batch has the
-same weight, as in Megatron-LM.
+All of Megatron's parallelism passes through here unchanged: pipelines (1F1B and interleaved), data and context
+parallelism with overlapped reduction, the distributed optimizer with overlapped gathering, sequence parallelism, tied
+embeddings, bf16 and fp16. The loss is summed over unmasked tokens and divided once by their number in the whole global
+batch where `calculate_per_token_loss` is set; without it every micro-batch has the same weight, as in Megatron-LM.
 
 Shapes: `b` micro-batch, `s` sequence, `cp` context-parallel size.
 """
@@ -18,7 +16,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import (
-    DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
@@ -31,19 +28,19 @@ from torch import Tensor
 
 from megatron_sat.distributed import Layout
 from megatron_sat.engines.base import Batch, Evaluation, Forward, Held, StepResult, forward_tokens
+from megatron_sat.engines.ddp import wrap_chunks
 from megatron_sat.engines.frozen import hold_entries
 from megatron_sat.engines.optim import LearningRateConfig, build_optimizer, build_scheduler
 from megatron_sat.engines.state import CONTENT_METADATA, complaint, describe_state, take_back
 
 
 class MegatronEngine:
-    """`Engine` on megatron.core. Takes over the model's configuration: its sync functions and its loss
-    scaling.
+    """`Engine` on megatron.core. Takes over the model's configuration: its sync functions and its loss scaling.
 
     chunks: this rank's model chunks as built, in Float16Module where the configuration says bf16 or fp16.
     seq_length: tokens of a whole sequence, before context parallelism cuts it.
-    align_grad_reduce: pipeline stages start their gradient reductions together (Megatron-LM's flag of that
-    name)."""
+    align_grad_reduce: pipeline stages start their gradient reductions together (Megatron-LM's flag of that name).
+    """
 
     def __init__(
         self,
@@ -65,17 +62,12 @@ class MegatronEngine:
         self._seq_length = seq_length
         self._micro_batch_size = micro_batch_size
         self._pp_group = parallel_state.get_pipeline_model_parallel_group()
-        # Megatron-LM cuts only the first chunk into buckets: the others' reductions hide behind the pipeline
-        # anyway
-        self._wrapped = [
-            DistributedDataParallel(
-                self._config,
-                ddp_config,
-                chunk,
-                disable_bucketing=index > 0 or optimizer_config.overlap_param_gather_with_optimizer_step,
-            )
-            for index, chunk in enumerate(chunks)
-        ]
+        self._wrapped = wrap_chunks(
+            chunks,
+            config=self._config,
+            ddp_config=ddp_config,
+            one_bucket=optimizer_config.overlap_param_gather_with_optimizer_step,
+        )
         self._learning_rate_config = learning_rate
         self._optimizer = build_optimizer(self._wrapped, config=optimizer_config)
         self._scheduler = build_scheduler(self._optimizer, config=learning_rate)
@@ -137,9 +129,7 @@ class MegatronEngine:
             chunk.train()
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        loss, num_tokens = self._run(
-            micro_batches, num_micro_batches=num_micro_batches, forward=forward, train=True
-        )
+        loss, num_tokens = self._run(micro_batches, num_micro_batches=num_micro_batches, forward=forward, train=True)
         learning_rate = self.learning_rate
         succeeded, grad_norm, _ = self._optimizer.step()
         done, norm = self._agree_on(succeeded, grad_norm=grad_norm)
@@ -151,8 +141,7 @@ class MegatronEngine:
         )
 
     def _agree_on(self, succeeded: bool, *, grad_norm: float | None) -> tuple[bool, float]:
-        """Whether all ranks of the model updated, and the norm: a rank without trainable parameters knows
-        neither."""
+        """Whether all ranks of the model updated, and the norm: a rank without trainable parameters knows neither."""
         stats = torch.tensor(
             [0.0 if succeeded else 1.0, -1.0 if grad_norm is None else float(grad_norm)],
             device=torch.cuda.current_device(),
@@ -170,9 +159,7 @@ class MegatronEngine:
         self._stop_gathering(param_sync=True)
         for chunk in self._wrapped:
             chunk.eval()
-        loss, num_tokens = self._run(
-            micro_batches, num_micro_batches=num_micro_batches, forward=forward, train=False
-        )
+        loss, num_tokens = self._run(micro_batches, num_micro_batches=num_micro_batches, forward=forward, train=False)
         for chunk in self._wrapped:
             chunk.train()
         if gathering:
@@ -182,8 +169,7 @@ class MegatronEngine:
     def _run(
         self, micro_batches: Iterator[Batch], *, num_micro_batches: int, forward: Forward, train: bool
     ) -> tuple[float, int]:
-        """All micro-batches through the schedule. Returns (mean loss, unmasked tokens) of the global
-        batch."""
+        """All micro-batches through the schedule. Returns (mean loss, unmasked tokens) of the global batch."""
         # the chunks of an interleaved pipeline read the same micro-batches, each at its own pace
         drawn = [next(micro_batches) for _ in range(num_micro_batches)]
         iterators = [iter(drawn) for _ in self._wrapped]
@@ -225,8 +211,7 @@ class MegatronEngine:
     def sharded_state_dict(
         self, *, is_loading: bool, with_optimizer: bool, content_metadata: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """See `Engine.sharded_state_dict`: keys "model" (or "model0", ...), "optimizer",
-        "opt_param_scheduler"."""
+        """See `Engine.sharded_state_dict`: keys "model" (or "model0", ...), "optimizer", "opt_param_scheduler"."""
         self.gather_weights()
         return describe_state(
             self._chunks,
@@ -301,13 +286,10 @@ def _check_agreement(
         )
     if ddp_config.overlap_param_gather and not ddp_config.use_distributed_optimizer:
         raise ValueError(
-            "overlap_param_gather needs use_distributed_optimizer, got it without; add "
-            "--use-distributed-optimizer"
+            "overlap_param_gather needs use_distributed_optimizer, got it without; add --use-distributed-optimizer"
         )
     if ddp_config.overlap_param_gather and not ddp_config.overlap_grad_reduce:
-        raise ValueError(
-            "overlap_param_gather needs overlap_grad_reduce, got it without; add --overlap-grad-reduce"
-        )
+        raise ValueError("overlap_param_gather needs overlap_grad_reduce, got it without; add --overlap-grad-reduce")
 
 
 def _check_pipeline(model: TransformerConfig, *, num_chunks: int) -> None:

@@ -1,10 +1,10 @@
-"""The optimizer and the learning-rate schedule: megatron.core's own, put together so that nothing is set
-twice.
+"""The optimizer and the learning-rate schedule: megatron.core's own, put together so that nothing is set twice.
 
 `LearningRateConfig` carries Megatron-LM's flags of the schedule. Megatron counts the schedule in samples;
 here it is said in iterations and multiplied by the global batch, as Megatron-LM does, so that a checkpoint's
 schedule means the same to both. Weight decay skips norms and biases only where the scheduler writes it into
-the parameter groups: an optimizer without `build_scheduler` decays them too."""
+the parameter groups: an optimizer without `build_scheduler` decays them too.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,9 +80,7 @@ class LearningRateConfig:
             raise ValueError(f"--lr must be above 0, got {self.lr}")
         for name in ("min_lr", "lr_warmup_init"):
             if not 0.0 <= getattr(self, name) <= self.lr:
-                raise ValueError(
-                    f"--{_flag(name)} must be in [0, --lr = {self.lr}], got {getattr(self, name)}"
-                )
+                raise ValueError(f"--{_flag(name)} must be in [0, --lr = {self.lr}], got {getattr(self, name)}")
         self._check_styles()
         self._check_lengths()
         self._check_weight_decay()
@@ -99,9 +97,7 @@ class LearningRateConfig:
             ("weight_decay_incr_style", ("constant", "linear", "cosine")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"--{_flag(name)} must be one of {', '.join(allowed)}, got {getattr(self, name)}"
-                )
+                raise ValueError(f"--{_flag(name)} must be one of {', '.join(allowed)}, got {getattr(self, name)}")
 
     def _check_lengths(self) -> None:
         if self.decay_iters < 1:
@@ -116,8 +112,7 @@ class LearningRateConfig:
                 raise ValueError(f"--lr-warmup-fraction must be in [0, 1), got {self.lr_warmup_fraction}")
         if not 0 <= self.lr_warmup_iters < self.decay_iters:
             raise ValueError(
-                f"--lr-warmup-iters must be in [0, --lr-decay-iters = {self.decay_iters}), got "
-                f"{self.lr_warmup_iters}"
+                f"--lr-warmup-iters must be in [0, --lr-decay-iters = {self.decay_iters}), got {self.lr_warmup_iters}"
             )
         if self.lr_decay_style != "WSD":
             if self.lr_wsd_decay_iters is not None:
@@ -132,8 +127,7 @@ class LearningRateConfig:
         start, end = self.weight_decays
         if not 0.0 <= start <= end:
             raise ValueError(
-                f"weight decay must be >= 0 and must not shrink, got {start} at the start and {end} at the "
-                "end"
+                f"weight decay must be >= 0 and must not shrink, got {start} at the start and {end} at the end"
             )
         if self.weight_decay_incr_style == "constant" and start != end:
             raise ValueError(
@@ -164,17 +158,16 @@ def make_optimizer_config(
     ddp: DistributedDataParallelConfig,
     **more: Any,
 ) -> OptimizerConfig:
-    """megatron.core's optimizer configuration, with all that the three other configurations already say
-    filled in.
+    """megatron.core's optimizer configuration, with all that the three other configurations already say filled in.
 
     more: any other field of OptimizerConfig (clip_grad, adam_beta1, ...). Raises ValueError for a field that
-    is filled in here, or that this megatron.core has not."""
+    is filled in here, or that this megatron.core has not.
+    """
     known = set(OptimizerConfig.__dataclass_fields__)
     for name in more:
         if name in _FILLED_IN:
             raise ValueError(
-                f"{name} of the optimizer follows from the other settings and cannot be given, got "
-                f"{more[name]}"
+                f"{name} of the optimizer follows from the other settings and cannot be given, got {more[name]}"
             )
         if name not in known:
             raise ValueError(f"the optimizer of this megatron.core has no setting {name}, got {more[name]}")

@@ -1,7 +1,8 @@
 """What a MegatronEngine puts into a checkpoint and takes back: model, optimizer, learning-rate schedule.
 
 The optimizer's state is described parameter by parameter (`fully_reshardable`), so that tensor, pipeline and
-data parallelism may change between saving and loading; keys are Megatron-LM's."""
+data parallelism may change between saving and loading; keys are Megatron-LM's.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -67,8 +68,7 @@ def complaint(
     nothing."""
     if "optimizer" not in saved or "opt_param_scheduler" not in saved:
         return (
-            "the checkpoint has no optimizer state; pass --no-load-optim, or --finetune for a new run from "
-            "its weights"
+            "the checkpoint has no optimizer state; pass --no-load-optim, or --finetune for a new run from its weights"
         )
     if (theirs := _kind_saved(saved["optimizer"])) != (ours := _kind(optimizer)):
         return (
@@ -78,8 +78,7 @@ def complaint(
     if learning_rate.override_opt_param_scheduler or learning_rate.use_checkpoint_opt_param_scheduler:
         return None
     way_out = (
-        "pass --override-opt-param-scheduler for the new schedule, --use-checkpoint-opt-param-scheduler for "
-        "the old"
+        "pass --override-opt-param-scheduler for the new schedule, --use-checkpoint-opt-param-scheduler for the old"
     )
     for name, value in scheduler.state_dict().items():
         if name != "num_steps" and saved["opt_param_scheduler"].get(name, value) != value:
@@ -102,8 +101,7 @@ def take_back(
     learning_rate: LearningRateConfig,
     with_optimizer: bool,
 ) -> None:
-    """Put a loaded state into place. Without the optimizer, its fp32 weights are made anew from the
-    model's."""
+    """Put a loaded state into place. Without the optimizer, its fp32 weights are made anew from the model's."""
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(state[model_key(index, of=len(chunks))])
     if not with_optimizer:

@@ -86,9 +86,7 @@ def alone_on_own_layers() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("layout", CONTEXT)
-def test_context_parallelism_trains_like_one_process(
-    layout: str, alone_on_own_layers: dict[str, Any]
-) -> None:
+def test_context_parallelism_trains_like_one_process(layout: str, alone_on_own_layers: dict[str, Any]) -> None:
     ranks, settings = CONTEXT[layout]
     answers = run_ranks(run, ranks, {"build": tiny_chunks, **settings})
     assert all(answer == answers[0] for answer in answers), "ranks must report the same"
@@ -148,15 +146,11 @@ def literal(rank: int) -> tuple[list[StepResult], list[float], float]:
         total = tokens = 0.0
         with torch.no_grad():
             for batch in make_batches(step, total=MICRO_BATCHES):
-                losses = chunk(
-                    batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"]
-                )
+                losses = chunk(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
                 total += (losses * batch["loss_mask"]).double().sum().item()
                 tokens += batch["loss_mask"].sum().item()
         by_hand.append(total / tokens)
-        results.append(
-            engine.train_step(make_batches(step, total=MICRO_BATCHES), num_micro_batches=MICRO_BATCHES)
-        )
+        results.append(engine.train_step(make_batches(step, total=MICRO_BATCHES), num_micro_batches=MICRO_BATCHES))
     return results, by_hand, tokens
 
 
@@ -178,12 +172,8 @@ def test_the_gradient_is_that_of_the_mean_over_all_tokens() -> None:
     got = run_ranks(gradients, 2, {"optim": {"clip_grad": 0.0}})[1]
     want = run_ranks(autograd_of_the_mean, 1)[0]
     assert all(torch.allclose(got[name], want[name], atol=1e-7) for name in want)
-    other = run_ranks(
-        gradients, 2, {"optim": {"clip_grad": 0.0}, "model": {"calculate_per_token_loss": False}}
-    )[1]
-    assert not all(torch.allclose(other[name], want[name], atol=1e-7) for name in want), (
-        "means of means differ"
-    )
+    other = run_ranks(gradients, 2, {"optim": {"clip_grad": 0.0}, "model": {"calculate_per_token_loss": False}})[1]
+    assert not all(torch.allclose(other[name], want[name], atol=1e-7) for name in want), "means of means differ"
 
 
 def autograd_of_the_mean(rank: int) -> dict[str, Tensor]:
@@ -191,9 +181,7 @@ def autograd_of_the_mean(rank: int) -> dict[str, Tensor]:
     chunk = engine.chunks[0]
     batches = list(make_batches(0, total=MICRO_BATCHES))
     total = sum(
-        (
-            chunk(b["tokens"], b["position_ids"], b["attention_mask"], labels=b["labels"]) * b["loss_mask"]
-        ).sum()
+        (chunk(b["tokens"], b["position_ids"], b["attention_mask"], labels=b["labels"]) * b["loss_mask"]).sum()
         for b in batches
     )
     mean = total / sum(b["loss_mask"].sum() for b in batches)
@@ -229,8 +217,7 @@ def test_a_step_without_any_unmasked_token_has_no_loss_and_moves_nothing() -> No
 def overflow(rank: int) -> tuple[list[bool], list[float], bool]:
     engine, _ = make_engine(model=FP16, optim={"initial_loss_scale": 2.0**40, "hysteresis": 1})
     results = [
-        engine.train_step(make_batches(0, total=MICRO_BATCHES), num_micro_batches=MICRO_BATCHES)
-        for _ in range(30)
+        engine.train_step(make_batches(0, total=MICRO_BATCHES), num_micro_batches=MICRO_BATCHES) for _ in range(30)
     ]
     assert math.isnan(results[0].grad_norm)
     return (
