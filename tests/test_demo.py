@@ -72,9 +72,7 @@ class TestQuickDemo:
         rates = [window.nominal_omission_rate for window in sat.windows]
         assert (rates[0], rates[-1]) == (0.5, 0.0)
         assert rates == sorted(rates, reverse=True)
-        others = {
-            window.nominal_omission_rate for n, run in runs.items() if n != "sat" for window in run.windows
-        }
+        others = {window.nominal_omission_rate for n, run in runs.items() if n != "sat" for window in run.windows}
         assert others == {0.0}
 
     def test_sat_executes_fewer_operations_over_as_many_steps_as_dense(self, runs: dict[str, Run]) -> None:
@@ -88,10 +86,11 @@ class TestQuickDemo:
         assert max(last) < 2 * min(last)  # all three end within a step of --min-lr
 
     def test_all_three_go_on_with_the_english_model(self, runs: dict[str, Run]) -> None:
-        """A fresh model would know no more English than Chinese after its first steps."""
+        """It gives Chinese less chance than a fresh one would, ln 4096 = 8.3, and dense keeps its English."""
+        dense = runs["dense"].validations[0].loss
+        assert dense["en"] < 7.0 < dense["zh"]
         for name in CONTINUED:
-            first = runs[name].validations[0].loss
-            assert first["en"] < first["zh"]
+            assert runs[name].windows[0].loss > 8.5
             assert runs[name].final_loss["zh"] < runs["english"].final_loss["zh"] - 1
 
     def test_a_second_run_keeps_every_stage(self, out: Path) -> None:

@@ -77,7 +77,8 @@ def text_stage(out: Path, language: str, split: str) -> Stage:
         ),
         *("--output-prefix", named(folder / "data")),
     )
-    return Stage(name=f"{language} text, {split}", folder=folder, command=command, reads=(*files, TOKENIZER))
+    reads = (*files, TOKENIZER)
+    return Stage(name=f"{language} text, {split}", folder=folder, command=command, reads=reads, made_with=made_with())
 
 
 def prefix(stage: Stage) -> str:
@@ -97,7 +98,13 @@ def training_stage(
         *("--train-iters", str(steps), "--valid-data-path", *dev, *train),
         *("--data-cache-path", named(out / "index-cache"), "--save", named(folder)),
     )
-    return Stage(name=name, folder=folder, command=command, reads=(plan.config,), after=after)
+    return Stage(name=name, folder=folder, command=command, reads=(plan.config,), made_with=made_with(), after=after)
+
+
+def made_with() -> str:
+    """The machine and the libraries: results of others are made again."""
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
+    return f"{len(os.sched_getaffinity(0))} CPU cores; {libraries}, Python {platform.python_version()}"
 
 
 def run(stage: Stage) -> Path:
@@ -137,9 +144,7 @@ def compare(plan: Plan, out: Path) -> Comparison:
     return Comparison(
         start=read_run(english.folder, name="English only"),
         reference=reference,
-        challenges=(
-            Challenge(candidate=candidate, control=read_run(control.folder, name="dense for SAT's time")),
-        ),
+        challenges=(Challenge(candidate=candidate, control=read_run(control.folder, name="dense for SAT's time")),),
         domains=LANGUAGES,
         tokens_per_character={language: density(text[language, "dev"]) for language in LANGUAGES},
     )
@@ -154,14 +159,12 @@ def density(stage: Stage) -> float:
 
 def report(comparison: Comparison, out: Path) -> None:
     """report.md and curves.png in ``out``, and the same on the console."""
-    cores = len(os.sched_getaffinity(0))
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
-    made = [
-        f"{cores} CPU cores, two ranks (TP=2); {libraries}, Python {platform.python_version()}.",
+    notes = [
+        f"Two ranks (TP=2) on {made_with()}.",
         "SAT: omission rate 0.5 for two thirds of the steps, then the ladder. Every fifth sample is English.",
     ]
     draw_curves(comparison, out / "curves.png")
-    page = markdown(comparison, title=TITLE, notes=made, picture="curves.png")
+    page = markdown(comparison, title=TITLE, notes=notes, picture="curves.png")
     (out / "report.md").write_text(page)
     heads, *lines = zip(columns(comparison), *rows(comparison), strict=True)  # a column a run: 80 characters
     table(TITLE, heads, lines)

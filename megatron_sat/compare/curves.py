@@ -34,11 +34,9 @@ def _coloured(comparison: Comparison) -> list[tuple[Run, str]]:
 
 
 def _draw_losses(axes: Axes, comparison: Comparison, *, domain: str) -> None:
-    """Every curve begins where the start ended, though it be out of the frame; a dot marks its end."""
+    """Every curve begins where the start ended, out of the frame if that is far; a dot marks its end."""
     before = comparison.start.final_loss[domain]
-    seen = [point.loss[domain] for run in comparison.runs for point in run.validations]
-    margin = 0.08 * (max(seen) - min(seen))
-    axes.set_ylim(min(seen) - margin, max(seen) + margin)
+    axes.set_ylim(*_frame([p.loss[domain] for run in comparison.runs for p in run.validations], before=before))
     for run, colour in _coloured(comparison):
         points = [(point.elapsed_seconds, point.loss[domain]) for point in run.validations if point.step > 0]
         times, losses = zip((0.0, before), *points, strict=True)
@@ -46,6 +44,15 @@ def _draw_losses(axes: Axes, comparison: Comparison, *, domain: str) -> None:
         axes.plot(times[-1:], losses[-1:], color=colour, marker="o", markersize=5)
     axes.set_title(domain)
     axes.grid(alpha=0.25)
+
+
+def _frame(losses: list[float], *, before: float) -> tuple[float, float]:
+    """Lowest and highest loss to show: all of them, and ``before`` where it does not double their range."""
+    low, high = min(losses), max(losses)
+    if max(high, before) - min(low, before) <= 2 * (high - low):
+        low, high = min(low, before), max(high, before)
+    margin = 0.08 * (high - low)
+    return low - margin, high + margin
 
 
 def _draw_rates(axes: Axes, comparison: Comparison) -> None:

@@ -89,8 +89,7 @@ def _loss_cells(run: Run, comparison: Comparison) -> list[str]:
     losses = [f"{run.final_loss[domain]:.4f}" for domain in comparison.domains]
     rates = {domain: comparison.tokens_per_character[domain] for domain in _domains_in_bits(comparison)}
     bits = [
-        f"{bits_per_character(run.final_loss[domain], tokens_per_character=rate):.3f}"
-        for domain, rate in rates.items()
+        f"{bits_per_character(run.final_loss[domain], tokens_per_character=rate):.3f}" for domain, rate in rates.items()
     ]
     return losses + bits
 
@@ -168,8 +167,7 @@ def _standing(candidate: Run, other: Run, *, domain: str) -> str:
     if higher - lower < LEVEL:
         return f"on {domain} they are level ({lower:.4f})"
     return (
-        f"on {domain} {ahead.name} is ahead of {behind.name} by {higher - lower:.3f} "
-        f"({lower:.4f} against {higher:.4f})"
+        f"on {domain} {ahead.name} is ahead of {behind.name} by {higher - lower:.3f} ({lower:.4f} against {higher:.4f})"
     )
 
 

@@ -142,9 +142,7 @@ def _parse(line: str, *, path: Path, number: int) -> dict[str, Any]:
     except ValueError:
         entry = None
     if not isinstance(entry, dict) or "kind" not in entry:
-        raise ValueError(
-            f"{path}:{number} must be a record with a kind, got {line[:60]!r}; remove it, or train again"
-        )
+        raise ValueError(f"{path}:{number} must be a record with a kind, got {line[:60]!r}; remove it, or train again")
     return entry
 
 

@@ -1,7 +1,7 @@
 """Work in stages that survives interruption: a command, the folder it fills, and a marker written last.
 
-A stage whose marker stands is not run again, unless its command, a file that it reads, or a stage before it
-changed. One that was interrupted begins anew. What a command says goes into ``log.txt`` of its folder.
+A stage whose marker stands is not run again, unless its command, a file that it reads, what it is made with, or a
+stage before it changed. One that was interrupted begins anew. What a command says goes into ``log.txt`` of its folder.
 """
 
 import hashlib
@@ -30,13 +30,15 @@ class Stage:
     """Program and arguments."""
     reads: tuple[Path, ...] = ()
     """Files whose content decides the result. Folders and missing files are errors."""
+    made_with: str = ""
+    """Whatever else decides the result, such as the versions of libraries."""
     after: tuple["Stage", ...] = ()
     """Stages whose results it uses."""
 
     @property
     def key(self) -> str:
         """Hex digest of all that the result depends on."""
-        digest = hashlib.sha256(json.dumps(self.command).encode())
+        digest = hashlib.sha256(json.dumps([*self.command, self.made_with]).encode())
         for path in self.reads:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
         for stage in self.after:
@@ -77,9 +79,7 @@ def run_stage(
     return True
 
 
-def _run(
-    stage: Stage, *, environment: Mapping[str, str], shown: Callable[[str], bool], working_folder: Path
-) -> int:
+def _run(stage: Stage, *, environment: Mapping[str, str], shown: Callable[[str], bool], working_folder: Path) -> int:
     with (stage.folder / LOG).open("w") as log:
         process = subprocess.Popen(
             stage.command,
@@ -106,9 +106,7 @@ def _run(
 
 def _empty(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()) and not (folder / LOG).exists():
-        raise ValueError(
-            f"{folder} must be empty or left by a stage, it holds other files; choose another folder"
-        )
+        raise ValueError(f"{folder} must be empty or left by a stage, it holds other files; choose another folder")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 

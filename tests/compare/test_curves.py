@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from megatron_sat.compare import curves
 from megatron_sat.compare.curves import COLOURS, draw_curves
-from tests.compare.synthetic import comparison, run
+from tests.compare.synthetic import comparison
 
 
 @pytest.fixture
@@ -65,10 +65,8 @@ def test_dense_runs_have_a_nominal_rate_of_zero_and_nothing_else(figure: Figure)
     assert {rate for _, rate in _points(dense)} == {0.0}
 
 
-def test_a_start_that_is_far_off_does_not_squeeze_the_curves(tmp_path: Path) -> None:
-    far = comparison(tmp_path, start=run(tmp_path, "far", zh=40.0))
-    axes = Figure().subplots()
-    curves._draw_losses(axes, far, domain="zh")
-    bottom, top = axes.get_ylim()
-    assert bottom < 5.0
-    assert 8.6 < top < 10
+@pytest.mark.parametrize(("before", "low", "high"), [(40.0, 5.0, 6.0), (4.5, 4.5, 6.0), (6.9, 5.0, 6.9)])
+def test_the_frame_holds_all_losses_and_a_start_that_is_not_far(before: float, low: float, high: float) -> None:
+    bottom, top = curves._frame([6.0, 5.0, 5.5], before=before)
+    assert low - 0.2 < bottom < low
+    assert high < top < high + 0.2

@@ -56,6 +56,12 @@ def test_a_stage_whose_input_file_changed_runs_again(count: Stage, tmp_path: Pat
     assert _run(reading)
 
 
+def test_a_stage_that_is_made_with_something_else_runs_again(count: Stage) -> None:
+    _run(replace(count, made_with="torch 2.13"))
+    assert not _run(replace(count, made_with="torch 2.13"))
+    assert _run(replace(count, made_with="torch 2.14"))
+
+
 def test_a_stage_runs_again_when_one_before_it_changed(count: Stage) -> None:
     first = Stage(name="first", folder=count.folder.parent / "first", command=("true",))
     _run(replace(count, after=(first,)))
@@ -79,9 +85,7 @@ def test_a_failed_stage_leaves_no_marker_and_says_how_its_log_ends(tmp_path: Pat
     assert (stage.folder / LOG).read_text() == "so far so good\n"
 
 
-def test_only_the_lines_asked_for_are_said_and_all_are_logged(
-    count: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_lines_asked_for_are_said_and_all_are_logged(count: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("megatron_sat.compare.stages.say", said.append)
     _run(count, shown=lambda line: line.startswith("step"))
