@@ -5,7 +5,7 @@ handed in as functions for named moments.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from megatron_sat.engines.base import Batch, Engine, StepResult
@@ -71,11 +71,13 @@ def train(
     """Train from ``progress`` to the extent's end, or to an exit condition; returns where it stopped.
 
     batches: (consumed samples) -> this rank's micro-batches from there on. After the last step the run is logged,
-    evaluated and saved, each unless that step just was.
+    evaluated and saved, each unless that step just was. A run that is at its end already is evaluated alone.
     """
+    if progress.iteration >= extent.train_iters:
+        moments.evaluate(progress.iteration)
+        return progress
     micro_batches = batches(progress.consumed_samples)
     began = time.monotonic()
-    started_at = progress.iteration
     while progress.iteration < extent.train_iters:
         step = progress.iteration + 1
         clock = time.perf_counter()
@@ -95,17 +97,4 @@ def train(
             moments.save(progress)
         if stop:
             break
-    if progress.iteration == started_at:
-        moments.evaluate(progress.iteration)
     return progress
-
-
-def evaluate_sets(
-    engine: Engine, *, sets: Mapping[str, Callable[[], tuple[Iterator[Batch], int]]]
-) -> dict[str, float]:
-    """The dense loss of each named set. A set gives its micro-batches and how many a rank reads."""
-    losses = {}
-    for name, open_set in sets.items():
-        micro_batches, count = open_set()
-        losses[name] = engine.evaluate(micro_batches, num_micro_batches=count).loss
-    return losses
