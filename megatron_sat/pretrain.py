@@ -6,7 +6,7 @@ In the folder of ``--save`` besides the checkpoints: ``config.yaml`` (resolved),
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_sat import cli, distributed, log, plan
 from megatron_sat.build import Run, build_run, introduce, recompute_of
 from megatron_sat.checkpoint.folder import TRACKER
-from megatron_sat.checkpoint.header import Header
+from megatron_sat.checkpoint.header import Header, plain
 from megatron_sat.checkpoint.resume import LoadConfig, load_checkpoint, open_checkpoint, save_checkpoint
 from megatron_sat.data.batch import Batch, EvaluationBatches, build_train_iterator, cut_for_context_parallel
 from megatron_sat.engines.base import StepResult
@@ -166,6 +166,7 @@ class Session:
             layout=run.layout,
             with_optimizer=checkpoint.save_optim,
             with_rng=checkpoint.save_rng,
+            keep_last=checkpoint.save_keep_last,
         )
         visits = whole_visits(run.controller.selectors, layout=run.layout)
         if dist.get_rank() == 0:
@@ -200,7 +201,7 @@ class Session:
         if not (root / TRACKER).exists() and not checkpoint.exit_on_missing_checkpoint:
             log.say(f"{root} holds no checkpoint: this run starts afresh")
             return Progress()
-        opened = open_checkpoint(root)
+        opened = open_checkpoint(root, step=checkpoint.ckpt_step)
         resumed = load_checkpoint(
             opened,
             trainer=run.engine,
@@ -213,10 +214,19 @@ class Session:
                 no_load_rng=not checkpoint.load_rng,
             ),
         )
+        if opened.header is not None and not checkpoint.finetune:
+            self._say_what_changed(opened.header.config)
         restore_choices(run.controller.selectors, saved=resumed.tensors, layout=run.layout)
         self.meter.totals = Totals(**resumed.extra.get("totals", {}))
         log.say(f"resumed from {opened.folder} at step {resumed.iteration}")
         return Progress(iteration=resumed.iteration, consumed_samples=resumed.consumed_train_samples)
+
+    def _say_what_changed(self, before: Mapping[str, Any]) -> None:
+        """The method's settings that a resumed run changes: allowed, and worth a line each."""
+        now = plain(self.config.settings)
+        for key in sorted({*before, *now}):
+            if key.startswith("sat_") and before.get(key) != now.get(key):
+                log.say(f"note: {key} was {before.get(key)} in the checkpoint's run and is {now.get(key)} from here on")
 
     # -- where things go
 

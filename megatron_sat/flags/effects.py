@@ -172,7 +172,7 @@ MEGATRON: tuple[Rule, ...] = (
     ),
     Rule(keys="save_*", idle=lambda s: s["save"] is None, beside="without --save"),
     Rule(
-        keys="finetune load_* exit_on_missing_checkpoint",
+        keys="finetune load_* ckpt_step exit_on_missing_checkpoint",
         idle=lambda s: s["load"] is None,
         beside="without --load",
     ),

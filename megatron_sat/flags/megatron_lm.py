@@ -160,6 +160,7 @@ CHECKPOINT: tuple[Flag, ...] = (
     option("save", help="folder of the checkpoints"),
     option("save_interval", "int", "--persistent-save-interval", help="updates between checkpoints"),
     option("load", help="folder to resume from; an empty one is a fresh start"),
+    option("ckpt_step", "int", help="iteration of the checkpoint to load; without it the newest"),
     option("ckpt_format", choices=("torch_dist", "torch", "torch_dcp", "fsdp_dtensor"), default="torch_dist"),
     switch("exit_on_missing_checkpoint", default=False, help="refuse to start afresh where --load is empty"),
     switch("finetune", default=False, help="weights alone from --load, and step 1"),

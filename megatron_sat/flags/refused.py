@@ -136,7 +136,7 @@ REASONS: tuple[tuple[str, str], ...] = (
     ),
     (
         _RESUME,
-        """ckpt-step override-ckpt-iteration use-checkpoint-args use-mp-args-from-checkpoint-args
+        """override-ckpt-iteration use-checkpoint-args use-mp-args-from-checkpoint-args
         pretrained-checkpoint load-main-params-from-ckpt non-persistent-* ckpt-convert-*
         dist-ckpt-save-pre-mcore-014 replication* save-retain-interval load-model-opt-format""",
     ),

@@ -61,6 +61,10 @@ DATA: tuple[Flag, ...] = (
     option("index_timeout_minutes", "float", default=60.0, help="how long ranks wait for the data's indices"),
 )
 
+CHECKPOINT: tuple[Flag, ...] = (
+    option("save_keep_last", "int", help="checkpoints to leave in --save; without it all"),
+)
+
 LOGGING: tuple[Flag, ...] = (
     option("log_jsonl", help="file with one JSON object a line; metrics.jsonl in --save unless given"),
 )
@@ -72,6 +76,7 @@ TRAINING: tuple[Flag, ...] = (
 SECTIONS: dict[str, tuple[Flag, ...]] = {
     "sparsity": METHOD,
     "data": DATA,
+    "checkpoint": CHECKPOINT,
     "logging": LOGGING,
     "training": TRAINING,
 }

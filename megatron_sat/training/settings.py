@@ -50,6 +50,10 @@ class CheckpointConfig:
     """Updates between checkpoints, at least 1; None: at the end alone."""
     load: str | None = None
     """Folder to resume from, its newest checkpoint; None, or an empty one: a fresh start."""
+    ckpt_step: int | None = None
+    """Iteration of the checkpoint to load, at least 0; None: the newest."""
+    save_keep_last: int | None = None
+    """Checkpoints to leave in save, at least 1; None: all."""
     exit_on_missing_checkpoint: bool = False
     """Refuse a fresh start where load holds no checkpoint."""
     finetune: bool = False
@@ -65,6 +69,8 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, name="save_interval", value=self.save_interval)
+        _at_least(1, name="save_keep_last", value=self.save_keep_last)
+        _at_least(0, name="ckpt_step", value=self.ckpt_step)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,8 @@ RUN = {"train_iters": 10, "micro_batch_size": 2, "global_batch_size": 8, "num_mi
             r"--global-batch-size \(6\) must be a multiple of --micro-batch-size x micro-batches \(2 x 2\)",
         ),
         (CheckpointConfig, {"save_interval": 0}, "--save-interval must be at least 1, got 0"),
+        (CheckpointConfig, {"save_keep_last": 0}, "--save-keep-last must be at least 1, got 0"),
+        (CheckpointConfig, {"ckpt_step": -1}, "--ckpt-step must be at least 0, got -1"),
         (LoggingConfig, {"log_interval": 0}, "--log-interval must be at least 1, got 0"),
     ],
 )
