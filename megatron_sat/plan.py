@@ -60,6 +60,10 @@ class Plan:
     warnings: tuple[str, ...]
     """What the quotas make of the schedule, where a reader may expect something else."""
 
+    def at(self, step: int) -> PlannedRung:
+        """The rung that ``step`` lies in."""
+        return next(planned for planned in self.rungs if planned.rung.first <= step <= planned.rung.last)
+
     @property
     def steps(self) -> int:
         return self.rungs[-1].rung.last

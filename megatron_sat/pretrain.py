@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_sat import cli, distributed, log, plan
-from megatron_sat.build import Run, build_run, introduce, recompute_of
+from megatron_sat.build import Run, build_run, introduce
 from megatron_sat.checkpoint.folder import TRACKER
 from megatron_sat.checkpoint.header import Header, plain
 from megatron_sat.checkpoint.resume import LoadConfig, load_checkpoint, open_checkpoint, save_checkpoint
 from megatron_sat.data.batch import Batch, EvaluationBatches, build_train_iterator, cut_for_context_parallel
 from megatron_sat.engines.base import StepResult
-from megatron_sat.model.flops import kept_shape, step_flops, whole
+from megatron_sat.model.flops import step_flops, whole
 from megatron_sat.training.loop import Extent, Moments, Progress, train
 from megatron_sat.training.metrics import Console, JsonLines, Meter, Sink, StepFigures, TensorBoard, Totals
 from megatron_sat.training.state import restore_choices, whole_choices, whole_visits
@@ -106,15 +106,8 @@ class Session:
 
     def stepped(self, step: int, result: StepResult, seconds: float) -> None:
         """Enter the step's figures; the time is rank 0's, so that all ranks carry the same totals."""
-        run, selection = self.run, self.config.selection
-        rate = run.controller.schedule.rate(step)
-        kept = kept_shape(
-            run.shape,
-            rate,
-            selection_groups=selection.selection_groups,
-            channel_multiple=selection.channel_multiple,
-            gqa=selection.gqa,
-        )
+        run = self.run
+        planned = run.plan.at(step)
         tokens = self.config.training.global_batch_size * self.config.model.seq_length
         self.meter.add(
             StepFigures(
@@ -125,9 +118,9 @@ class Session:
                 skipped=result.skipped,
                 seconds=self._of_rank_0(seconds),
                 tokens=tokens,
-                nominal_rate=float(rate),
+                nominal_rate=float(planned.rung.rate),
                 omission_rates=run.controller.omission_rates(step),
-                executed_flops=step_flops(run.shape, kept, tokens=tokens, recompute=recompute_of(self.config)),
+                executed_flops=planned.flops,
                 dense_flops=step_flops(run.shape, whole(run.shape), tokens=tokens),
             )
         )

@@ -1,7 +1,7 @@
 """What a training run says about itself: one record every few steps, to the console, a JSONL file and TensorBoard.
 
-`Meter` gathers steps into a `Record`; the sinks write it. Executed FLOPs are those of the neurons that took part, with
-recomputation; dense-equivalent ones are those of a dense step over the same tokens (see ``model.flops``).
+`Meter` gathers steps into a `Record`; the sinks write it. Executed FLOPs are the plan's: of the neurons that took part,
+with recomputation and choosing; dense-equivalent ones are those of a dense step over the same tokens (``model.flops``).
 """
 
 import json
