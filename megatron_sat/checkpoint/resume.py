@@ -167,7 +167,8 @@ def open_checkpoint(root: Path, *, step: int | None = None) -> Checkpoint:
 def _read_common(folder: Path) -> Mapping[str, Any]:
     try:
         return dist_checkpointing.load_common_state_dict(str(folder))
-    except CheckpointingException as error:  # 0.16 looks for common.pt, which 0.19 no longer writes
+    except (CheckpointingException, AttributeError) as error:
+        # 0.16 looks for common.pt, which 0.19 no longer writes, and fails once more while it says so (0.16.1)
         raise ValueError(
             f"{folder} must be readable by megatron-core {version('megatron-core')}, its plain values are "
             f"not ({error}); load it with the version that wrote it"
