@@ -82,7 +82,8 @@ class EvaluationBatches:
     The last ones are filled up with samples whose loss_mask is zero, so a sum over mask-weighted losses of
     all ranks is exact. ``len()`` is the number of micro-batches; iterate as often as needed, always from the
     first sample.
-    max_samples: look only at so many; None at all.
+    max_samples: look only at so many; None at all. multiple: micro-batches come in multiples of this: an
+    interleaved pipeline passes several on at a time.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class EvaluationBatches:
         max_samples: int | None,
         num_workers: int,
         device: torch.device,
+        multiple: int = 1,
     ) -> None:
         total = len(cast(Sized, dataset))
         self.num_samples = total if max_samples is None else min(total, max_samples)
@@ -102,7 +104,7 @@ class EvaluationBatches:
             raise ValueError(
                 f"an evaluation must have at least one sample, got {self.num_samples}; raise --eval-iters"
             )
-        stride = micro_batch_size * dp_size
+        stride = micro_batch_size * dp_size * multiple
         filled = -(-self.num_samples // stride) * stride
         self._dataset = _Filled(dataset, num_samples=self.num_samples)
         self._sampler = MicroBatchSampler(

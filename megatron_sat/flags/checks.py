@@ -80,6 +80,7 @@ def check(settings: Settings, *, given: Settings, machine: Machine, world_size: 
     _check_stages(settings)
     _check_lengths(settings)
     _check_batch(settings, world_size=world_size)
+    _check_interleaving(settings, world_size=world_size)
     _check_gradients(settings)
     if settings["sat_schedule"] != "none":
         _check_choice(settings, world_size=world_size)
@@ -103,13 +104,10 @@ def _up(number: int, multiple: int) -> int:
 
 def _check_program(s: Settings) -> None:
     if s["engine"] != "megatron":
-        raise ValueError(
-            f"--engine must be megatron, {s['engine']} is not in this release; leave --engine out"
-        )
+        raise ValueError(f"--engine must be megatron, {s['engine']} is not in this release; leave --engine out")
     if s["ckpt_format"] != "torch_dist":
         raise ValueError(
-            f"--ckpt-format must be torch_dist, which fits any parallel layout, got {s['ckpt_format']}; "
-            "leave it out"
+            f"--ckpt-format must be torch_dist, which fits any parallel layout, got {s['ckpt_format']}; leave it out"
         )
 
 
@@ -240,8 +238,7 @@ def _check_batch(s: Settings, *, world_size: int) -> None:
         )
     if samples is not None and samples < batch:
         raise ValueError(
-            f"--train-samples ({samples}) must be at least --global-batch-size ({batch}), one update; raise "
-            "it"
+            f"--train-samples ({samples}) must be at least --global-batch-size ({batch}), one update; raise it"
         )
     unit, other = ("iters", "samples") if samples is None else ("samples", "iters")
     for what in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
@@ -250,11 +247,30 @@ def _check_batch(s: Settings, *, world_size: int) -> None:
             raise ValueError(f"{name} ({length}) needs --train-{other}; use {dashed(f'{what}_{unit}')}")
 
 
+def _check_interleaving(s: Settings, *, world_size: int) -> None:
+    """As many micro-batches as the chunks of an interleaved pipeline pass on at a time."""
+    if s["num_virtual_stages_per_pipeline_rank"] is None:
+        return
+    pp, group = s["pipeline_model_parallel_size"], s["microbatch_group_size_per_vp_stage"]
+    group = pp if group is None else group
+    if group < pp:
+        raise ValueError(
+            f"--microbatch-group-size-per-virtual-pipeline-stage ({group}) must be at least "
+            f"--pipeline-model-parallel-size ({pp}); leave it out"
+        )
+    one = s["micro_batch_size"] * data_parallel_size(s, world_size=world_size)
+    rounds, rest = divmod(s["global_batch_size"] // one, group)
+    if rounds == 0 or 0 < rest < pp:
+        raise ValueError(
+            f"an interleaved pipeline of {pp} ranks passes on {group} micro-batches at a time, got "
+            f"{rounds * group + rest} in a step; try --global-batch-size {(rounds + 1) * group * one}"
+        )
+
+
 def _check_gradients(s: Settings) -> None:
     if s["accumulate_allreduce_grads_in_fp32"] and s["grad_reduce_in_bf16"]:
         raise ValueError(
-            "--grad-reduce-in-bf16 and --accumulate-allreduce-grads-in-fp32 exclude each other, got both; "
-            "leave one out"
+            "--grad-reduce-in-bf16 and --accumulate-allreduce-grads-in-fp32 exclude each other, got both; leave one out"
         )
     if s["overlap_param_gather"] and not (s["use_distributed_optimizer"] and s["overlap_grad_reduce"]):
         raise ValueError(

@@ -39,9 +39,7 @@ class Numbers(Dataset):
         }
 
 
-def sampler(
-    size: int = 100, *, mbs: int = 2, rank: int = 0, dp: int = 1, consumed: int = 0
-) -> MicroBatchSampler:
+def sampler(size: int = 100, *, mbs: int = 2, rank: int = 0, dp: int = 1, consumed: int = 0) -> MicroBatchSampler:
     return MicroBatchSampler(size, micro_batch_size=mbs, dp_rank=rank, dp_size=dp, consumed_samples=consumed)
 
 
@@ -75,8 +73,7 @@ def test_a_global_batch_has_the_same_samples_at_any_data_parallel_size():
         return {index for rank in ranks for batch in rank for index in batch}
 
     assert all(
-        second_global_batch(dp, mbs) == set(range(12, 24))
-        for dp, mbs in [(1, 2), (2, 3), (3, 2), (6, 1), (1, 12)]
+        second_global_batch(dp, mbs) == set(range(12, 24)) for dp, mbs in [(1, 2), (2, 3), (3, 2), (6, 1), (1, 12)]
     )
 
 
@@ -102,13 +99,13 @@ def test_reading_leaves_the_models_random_numbers_alone(workers):
 
 @pytest.mark.parametrize("consumed", [99, 100, 250])
 def test_a_data_set_that_is_used_up_is_refused(consumed):
-    with pytest.raises(
-        ValueError, match=rf"consumed_samples \({consumed}\) must leave 2 of the 100 training samples"
-    ):
+    with pytest.raises(ValueError, match=rf"consumed_samples \({consumed}\) must leave 2 of the 100 training samples"):
         iterate(Numbers(100), consumed_samples=consumed)
 
 
-def evaluation(size: int, *, rank: int, dp: int, mbs: int = 3, limit: int | None = None) -> EvaluationBatches:
+def evaluation(
+    size: int, *, rank: int, dp: int, mbs: int = 3, limit: int | None = None, multiple: int = 1
+) -> EvaluationBatches:
     return EvaluationBatches(
         Numbers(size),
         micro_batch_size=mbs,
@@ -117,6 +114,7 @@ def evaluation(size: int, *, rank: int, dp: int, mbs: int = 3, limit: int | None
         max_samples=limit,
         num_workers=0,
         device=CPU,
+        multiple=multiple,
     )
 
 
@@ -124,8 +122,9 @@ def evaluation(size: int, *, rank: int, dp: int, mbs: int = 3, limit: int | None
     "size, limit, counted", [(10, None, 10), (12, None, 12), (50, 7, 7), (1, None, 1), (5, 100, 5)]
 )
 @pytest.mark.parametrize("dp", [1, 2, 4])
-def test_an_evaluation_counts_every_sample_once_and_all_ranks_step_alike(size, limit, counted, dp):
-    ranks = [evaluation(size, rank=rank, dp=dp, limit=limit) for rank in range(dp)]
+@pytest.mark.parametrize("multiple", [1, 3])
+def test_an_evaluation_counts_every_sample_once_and_all_ranks_step_alike(size, limit, counted, dp, multiple):
+    ranks = [evaluation(size, rank=rank, dp=dp, limit=limit, multiple=multiple) for rank in range(dp)]
     seen = []
     for batches in ranks:
         for batch in batches:
@@ -134,7 +133,7 @@ def test_an_evaluation_counts_every_sample_once_and_all_ranks_step_alike(size, l
     assert (
         {len(batches) for batches in ranks}
         == {len(list(batches)) for batches in ranks}
-        == {-(-counted // (3 * dp))}
+        == {-(-counted // (3 * dp * multiple)) * multiple}
     )
 
 
@@ -145,9 +144,7 @@ def test_an_evaluation_repeats_itself():
 
 
 def test_an_evaluation_without_samples_is_refused():
-    with pytest.raises(
-        ValueError, match="an evaluation must have at least one sample, got 0; raise --eval-iters"
-    ):
+    with pytest.raises(ValueError, match="an evaluation must have at least one sample, got 0; raise --eval-iters"):
         evaluation(10, rank=0, dp=1, limit=0)
 
 

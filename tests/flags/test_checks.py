@@ -262,11 +262,32 @@ def test_replicas_that_choose_for_themselves_must_neither_drift_apart_nor_forget
     assert refusal(capsys, f"{LADDER} --sat-dp-selection local {more}", ranks=2).startswith(f"error: {said}")
 
 
+INTERLEAVED = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2 --micro-batch-size 2"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--global-batch-size 2", "passes on 2 micro-batches at a time, got 1 in a step; try --global-batch-size 4"),
+        ("--global-batch-size 6", "passes on 2 micro-batches at a time, got 3 in a step; try --global-batch-size 8"),
+        (
+            "--global-batch-size 8 --microbatch-group-size-per-virtual-pipeline-stage 1",
+            "--microbatch-group-size-per-virtual-pipeline-stage (1) must be at least --pipeline-model-parallel-size",
+        ),
+    ],
+)
+def test_micro_batches_that_do_not_fill_an_interleaved_pipeline_are_refused(capsys, more, said):
+    assert said in refusal(capsys, f"{INTERLEAVED} {more}", ranks=2)
+
+
+def test_a_last_round_of_an_interleaved_pipeline_may_be_shorter_than_the_others():
+    more = "--global-batch-size 10 --microbatch-group-size-per-virtual-pipeline-stage 3"
+    assert run(f"{INTERLEAVED} {more}", ranks=2).training.num_micro_batches == 5
+
+
 def test_selection_groups_that_tensor_parallelism_does_not_divide_are_refused(capsys):
     said = refusal(capsys, f"{LADDER} --tensor-model-parallel-size 2 --sat-selection-groups 1", ranks=2)
-    assert said == (
-        "error: --sat-selection-groups (1) must be a multiple of --tensor-model-parallel-size (2); try 2"
-    )
+    assert said == ("error: --sat-selection-groups (1) must be a multiple of --tensor-model-parallel-size (2); try 2")
 
 
 def test_heads_may_leave_singly_under_more_selection_groups_than_query_groups():
