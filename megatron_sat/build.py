@@ -60,22 +60,21 @@ def build_run(config: Config) -> Run:
         seed=config.training.seed,
         timeout_minutes=parallel.timeout_minutes,
     )
-    tokenizer = build_tokenizer(
-        config.tokenizer.kind, model=config.tokenizer.model, vocab_size=config.model.vocab_size
-    )
+    tokenizer = build_tokenizer(config.tokenizer.kind, model=config.tokenizer.model, vocab_size=config.model.vocab_size)
     samples = config.training.train_iters * config.training.global_batch_size
     datasets = build_datasets(config.data, tokenizer=tokenizer, train_samples=samples)
     if datasets.train is None:
-        raise ValueError("training needs --train-data-path or --data-path, got data for evaluation alone; add it")
+        raise ValueError(
+            f"training needs text, got text for evaluation alone (--split {config.data.split}); "
+            "let the first part of --split be above 0"
+        )
     transformer = TransformerConfig(**config.transformer)
     embedding = _embedding(config, rows=config.model.rows(tokenizer.vocab_size, tp=parallel.tensor))
     chunks = build_chunks(transformer, embedding)
     attach_selectors(chunks, config=config.selection, layout=layout)
     engine = _engine(config, chunks, transformer=transformer, layout=layout)
     schedule = build_schedule(config.schedule)
-    controller = Controller(
-        sparse_modules(chunks), schedule=schedule, interval=config.selection.selection_interval
-    )
+    controller = Controller(sparse_modules(chunks), schedule=schedule, interval=config.selection.selection_interval)
     if config.omitted_neurons == "frozen":
         engine.hold(controller.omitted_entries)
     shape = shape_of(transformer, padded_vocab_size=embedding.padded_vocab_size, seq_length=config.model.seq_length)
@@ -141,9 +140,7 @@ def _engine(
         chunks,
         layout=layout,
         ddp_config=ddp,
-        optimizer_config=make_optimizer_config(
-            config.learning_rate, model=transformer, ddp=ddp, **config.optimizer
-        ),
+        optimizer_config=make_optimizer_config(config.learning_rate, model=transformer, ddp=ddp, **config.optimizer),
         learning_rate=config.learning_rate,
         seq_length=config.model.seq_length,
         micro_batch_size=config.training.micro_batch_size,

@@ -119,9 +119,20 @@ def current_layout() -> Layout:
     )
 
 
-def leave() -> None:
-    """Wait for the others and take the process group down; a no-op without one."""
-    if dist.is_initialized():
+def leave(*, patience_seconds: float | None = None) -> None:
+    """Wait for the others and take the process group down; a no-op without one.
+
+    patience_seconds: with it a rank that gives up does not wait for ever. Where the others went on without it, the
+    group is left as it is, for the process to end with it.
+    """
+    if not dist.is_initialized():
+        return
+    if patience_seconds is None:
         dist.barrier()
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    else:
+        try:
+            dist.barrier(async_op=True).wait(timedelta(seconds=patience_seconds))
+        except RuntimeError:
+            return
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

@@ -26,6 +26,9 @@ from megatron_sat.training.metrics import Console, JsonLines, Meter, Sink, StepF
 from megatron_sat.training.state import restore_choices, whole_choices, whole_visits
 from megatron_sat.training.visits import save_visits
 
+PATIENCE_SECONDS = 10.0
+"""How long a rank that must give up waits for the others to say why, before it ends and takes them along."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Run what the command line asks for. Returns the exit code; 2 for what cannot be obeyed, said in one line."""
@@ -37,10 +40,10 @@ def main(argv: Sequence[str]) -> int:
     distributed.join(launch, backend=config.parallel.backend, timeout_minutes=config.parallel.timeout_minutes)
     try:
         session = Session(build_run(config))
-    except ValueError as error:  # the user's to mend, and the same on every rank
-        if log.speaks():
+    except ValueError as error:  # the user's to mend
+        if launch.local_rank == 0:  # one line a host: what is wrong may be wrong on one of them alone
             sys.stderr.write(f"error: {error}\n")
-        distributed.leave()
+        distributed.leave(patience_seconds=PATIENCE_SECONDS)
         return cli.USAGE_ERROR
     session.train()
     distributed.leave()
@@ -163,7 +166,7 @@ class Session:
         )
         visits = whole_visits(run.controller.selectors, layout=run.layout)
         if dist.get_rank() == 0:
-            save_visits(self.folder / "visits.npz", visits, steps=run.controller.selectors[0].visited_steps)
+            save_visits(self.folder / "visits.npz", visits, steps=progress.iteration)
             log.say(f"step {progress.iteration:>6} | saved to {self.folder}")
 
     def should_stop(self, minutes: float) -> bool:
@@ -182,8 +185,16 @@ class Session:
 
     @property
     def _order(self) -> dict[str, Any]:
-        """What decides which sample comes when; an exact resume needs it unchanged."""
-        return {"order": self.run.datasets.order, "global_batch_size": self.config.training.global_batch_size}
+        """What decides which sample comes when; an exact resume needs it unchanged. The digest covers the rest."""
+        training, data = self.config.training, self.config.data
+        return {
+            "--global-batch-size": training.global_batch_size,
+            "--train-iters x --global-batch-size": training.train_iters * training.global_batch_size,
+            "--seq-length": data.seq_length,
+            "--seed": data.seed,
+            "shares": {holding.name: holding.share for holding in self.run.datasets.survey.train},
+            "order": self.run.datasets.order,
+        }
 
     def _resumed(self) -> Progress:
         """Load what ``--load`` names, if there is something. Raises ValueError where it does not fit."""
@@ -229,16 +240,30 @@ class Session:
         return None if self.config.checkpoint.save is None else Path(self.config.checkpoint.save)
 
     def _open_sinks(self) -> list[Sink]:
-        """Rank 0's console and files; none elsewhere."""
-        if dist.get_rank() != 0:
-            return []
+        """Rank 0's console and files; none elsewhere. Raises ValueError on all ranks for what cannot be written."""
+        sinks: list[Sink] = []
+        problem: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                sinks = self._files()
+            except OSError as error:
+                what = f"what a run leaves behind must be writable, {error.filename} is not: {error.strerror}"
+                problem[0] = f"{what}; choose another --save, --log-jsonl or --tensorboard-dir"
+            except ValueError as error:
+                problem[0] = str(error)
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise ValueError(problem[0])
+        return sinks
+
+    def _files(self) -> list[Sink]:
+        """On one rank: what the run writes to, earlier figures after the resumed step taken out."""
+        logging, step = self.config.logging, self.progress.iteration
         sinks: list[Sink] = [Console()]
-        jsonl = self.config.logging.log_jsonl
-        if jsonl is not None:
-            sinks.append(JsonLines(Path(jsonl), resume_step=self.progress.iteration))
-        if self.config.logging.tensorboard_dir is not None:
-            folder = Path(self.config.logging.tensorboard_dir)
-            sinks.append(TensorBoard(folder, resume_step=self.progress.iteration))
+        if logging.log_jsonl is not None:
+            sinks.append(JsonLines(Path(logging.log_jsonl), resume_step=step))
+        if logging.tensorboard_dir is not None:
+            sinks.append(TensorBoard(Path(logging.tensorboard_dir), resume_step=step))
         if self.folder is not None:
             cli.save_resolved(self.config, self.folder / "config.yaml")
             (self.folder / "plan.json").write_text(json.dumps(self.run.plan.as_dict(), indent=1) + "\n")
@@ -247,6 +272,8 @@ class Session:
     def _evaluations(self, sets: dict) -> dict[str, EvaluationBatches]:
         """By domain, what an evaluation reads: ``--eval-iters`` global batches, or all where there are fewer."""
         training, layout = self.config.training, self.run.layout
+        interleaved = self.config.parallel.virtual_pipeline is not None
+        group = self.config.transformer.get("microbatch_group_size_per_vp_stage") or self.config.parallel.pipeline
         return {
             name: EvaluationBatches(
                 dataset,
@@ -256,6 +283,7 @@ class Session:
                 max_samples=training.eval_iters * training.global_batch_size,
                 num_workers=0,
                 device=self.run.device,
+                multiple=group if interleaved else 1,
             )
             for name, dataset in sets.items()
             if training.eval_iters

@@ -1,6 +1,7 @@
 """Launch, groups and layout; what a launcher forgot or a layout cannot be is said in one line."""
 
 import os
+import time
 from typing import Any
 
 import pytest
@@ -147,3 +148,33 @@ def test_each_tensor_parallel_rank_and_pipeline_stage_draws_for_itself() -> None
 
 def test_replicas_draw_alike() -> None:
     assert len(set(run_ranks(draws, 2, 1, 1))) == 1
+
+
+def leaving_in_turn(rank: int, patience: float | None) -> tuple[bool, bool]:
+    """Rank 1 leaves at once, rank 0 two seconds later: whether rank 1 waited, and whether it left the group."""
+    began = time.monotonic()
+    if rank == 0:
+        time.sleep(2)
+    leave(patience_seconds=patience)
+    waited, left = time.monotonic() - began > 1.9, not dist.is_initialized()
+    if not left:
+        dist.destroy_process_group()
+    return waited, left
+
+
+def test_a_rank_waits_for_the_others_or_for_as_long_as_it_has_patience() -> None:
+    assert run_ranks(leaving_in_turn, 2, None)[1] == (True, True)
+    assert run_ranks(leaving_in_turn, 2, 30.0)[1] == (True, True)
+
+
+def giving_up(rank: int) -> tuple[bool, bool]:
+    """Rank 0 never comes."""
+    if rank == 1:
+        return leaving_in_turn(rank, 0.3)
+    time.sleep(2)
+    dist.destroy_process_group()
+    return False, False
+
+
+def test_a_rank_gives_up_on_others_that_do_not_come() -> None:
+    assert run_ranks(giving_up, 2)[1] == (False, False)

@@ -118,7 +118,8 @@ def save_checkpoint(
     state = trainer.sharded_state_dict(is_loading=False, with_optimizer=with_optimizer, content_metadata=metadata)
     state.update(iteration=header.iteration, checkpoint_version=_CHECKPOINT_VERSION)
     state[KEY] = header.to_plain()
-    state["sat_tensors"] = _describe_tensors(tensors, layout=layout)
+    if tensors:  # a stage without layers has none, and an empty entry would count as a common value
+        state["sat_tensors"] = _describe_tensors(tensors, layout=layout)
     if with_rng:
         state["sat_rng"] = rng.describe(rng.gather(), layout=layout)
     folder = _on_one_rank(lambda: folders.begin(root, header.iteration))

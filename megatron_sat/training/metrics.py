@@ -146,12 +146,18 @@ class JsonLines:
     """One JSON object a line: {"kind": "train" | "validation", "step": ..., ...}. Made on one rank only."""
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
-        """Lines of steps after ``resume_step``, left by a run that got further than its checkpoint, go first."""
+        """Lines of steps after ``resume_step``, left by a run that got further than its checkpoint, go first.
+
+        Raises ValueError for a file of anything else.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= resume_step]
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()  # what a crash left of it
+        steps = [_step_of(line, at=f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+        kept = [line for line, step in zip(lines, steps, strict=True) if step <= resume_step]
         fresh = path.with_suffix(path.suffix + ".new")
-        fresh.write_text("".join(line + "\n" for line in kept))
+        fresh.write_text("".join(kept))
         fresh.replace(path)
         self._path = path
 
@@ -164,6 +170,17 @@ class JsonLines:
     def _write(self, entry: dict[str, Any]) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def _step_of(line: str, *, at: str) -> int:
+    """The step of an earlier line. Raises ValueError for one that no run wrote."""
+    try:
+        entry = json.loads(line)
+        if entry["kind"] in ("train", "validation"):
+            return int(entry["step"])
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"--log-jsonl must be new or hold an earlier run's figures, {at} has none; choose another file")
 
 
 class TensorBoard:

@@ -25,9 +25,7 @@ def whole_choices(selectors: Sequence[Selector], *, layout: Layout) -> dict[str,
     return {key: torch.cat([shard[key] for shard in shards]) if key in along else mine[key] for key in mine}
 
 
-def restore_choices(
-    selectors: Sequence[Selector], *, saved: Mapping[str, Tensor], layout: Layout
-) -> None:
+def restore_choices(selectors: Sequence[Selector], *, saved: Mapping[str, Tensor], layout: Layout) -> None:
     """Hand each selector its part of what `whole_choices` gave. A layer that is not there starts without a choice.
 
     Raises ValueError where a layer had another number of units.

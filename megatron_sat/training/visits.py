@@ -44,9 +44,7 @@ class Visits:
     def __post_init__(self) -> None:
         for name, counts in self.counts.items():
             if not _NAME.fullmatch(name):
-                raise ValueError(
-                    f"visits must be named attention.<layer> or mlp.<layer> from 1, got {name!r}"
-                )
+                raise ValueError(f"visits must be named attention.<layer> or mlp.<layer> from 1, got {name!r}")
             if counts.ndim != 1 or counts.dtype.kind not in "iu" or not counts.size:
                 raise ValueError(
                     f"visits of {name} must be a row of whole numbers, one a neuron, "
@@ -79,9 +77,7 @@ class Visits:
         return np.stack(rows) / self.steps
 
 
-def save_visits(
-    path: str | os.PathLike[str], visits: Mapping[str, Tensor | np.ndarray], *, steps: int
-) -> None:
+def save_visits(path: str | os.PathLike[str], visits: Mapping[str, Tensor | np.ndarray], *, steps: int) -> None:
     """Write the counts of whole layers (all TP ranks), by ``kind.layer``, after ``steps`` steps, or nothing.
 
     Raises ValueError for counts that cannot be.

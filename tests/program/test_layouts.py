@@ -34,6 +34,7 @@ LAYOUTS = {
     "tp 2, sequence parallel": Case(2, f"{TP} --sequence-parallel"),
     "pp 2": Case(2, PP),
     "pp 2, interleaved": Case(2, f"{PP} --num-virtual-stages-per-pipeline-rank 2"),
+    "pp 2, the first embeds": Case(2, f"{PP} --pipeline-model-parallel-layout 'E|ttttL'"),
     "cp 2": Case(2, "--context-parallel-size 2"),
     "dp 2": Case(2, "", WIDE),
     "dp 2, distributed optimizer, overlapped": Case(2, OVERLAPPED, WIDE),
@@ -72,6 +73,19 @@ def test_a_layout_trains_as_one_process_does(layout: str, method: str, train: Ca
     case = LAYOUTS[layout]
     run = train(f"{METHODS[method]} {case.flags}", case.ranks)
     assert_same_run(run, train(f"{METHODS[method]} {case.alone}"), exact=case.exact)
+
+
+def test_an_evaluation_of_fewer_micro_batches_than_stages_reads_each_sample_once(
+    text: Text, weights: Path, tmp_path: Path
+) -> None:
+    """One poem is one micro-batch, where an interleaved pipeline passes on two at a time."""
+    data = f"--data-path {text.prefix('zh/poetry')} --split 59,1,0 {WIDE} --load {weights} --finetune"
+    argv = text.command(data, without="--train-data-path --valid-data-path")
+    interleaved = f"{PP} --num-virtual-stages-per-pipeline-rank 2".split()
+    alone = trained(argv, tmp_path / "one.jsonl")
+    run = trained([*argv, *interleaved], tmp_path / "two.jsonl", ranks=2)
+    assert len(run.validation) == 1
+    assert_same_run(run, alone)
 
 
 ACCUMULATED = {"dense": "", "sparse": f"{SPARSE} --sat-importance magnitude"}

@@ -106,6 +106,30 @@ def test_a_resumed_run_drops_the_lines_beyond_its_checkpoint(tmp_path: Path) -> 
     assert [(line["step"], line["loss"]["zh"]) for line in lines] == [(1, 1.0), (2, 1.0), (3, 0.5)]
 
 
+def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLines(path, resume_step=0)
+    for step in (1, 2):
+        sink.evaluation(step, {"zh": 1.0}, elapsed_seconds=0.0)
+    path.write_bytes(path.read_bytes()[:-5])
+    JsonLines(path, resume_step=2).evaluation(2, {"zh": 0.5}, elapsed_seconds=0.0)
+    assert [json.loads(line)["loss"]["zh"] for line in path.read_text().splitlines()] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    ['{"text": "a corpus"}', '{"step": 1}', '{"kind": "train"}', "step 1", "[1]", '{"kind": "train", "step": null}'],
+)
+def test_lines_that_no_run_wrote_are_refused_and_left_alone(foreign: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    JsonLines(path, resume_step=0).evaluation(1, {"zh": 1.0}, elapsed_seconds=0.0)
+    content = path.read_text() + foreign + "\n"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"--log-jsonl must be new or hold .* figures, .*metrics.jsonl:2 has none"):
+        JsonLines(path, resume_step=1)
+    assert path.read_text() == content
+
+
 def test_tensorboard_carries_every_figure_and_every_domain(tmp_path: Path) -> None:
     sink = TensorBoard(tmp_path, resume_step=0)
     sink.record(record())
