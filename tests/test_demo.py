@@ -2,15 +2,18 @@
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from megatron_sat.compare.runs import METRICS, Run, read_run, steps_that_fit
-from megatron_sat.compare.stages import LOG
+from megatron_sat.compare.stages import LOG, MARKER
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "demo" / "run.py"
@@ -98,6 +101,30 @@ class TestQuickDemo:
         said = _demo(out)
         assert said.count("done before, kept") == len(logs) == 8
         assert {path: path.stat().st_mtime_ns for path in out.glob(f"*/{LOG}")} == logs
+
+
+@pytest.mark.timeout(3 * MINUTES)
+def test_a_demo_that_is_stopped_takes_its_commands_along_and_goes_on_later(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    demo = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--quick", "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 2 * MINUTES
+    while not (out / "zh-dev" / LOG).exists():  # the second stage has begun
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    demo.send_signal(signal.SIGTERM)
+    _, said = demo.communicate(timeout=MINUTES)
+    assert demo.returncode == 1
+    assert said.endswith("demo: interrupted; the same command goes on where it was\n")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(demo.pid, 0)
+    assert (out / "zh-train" / MARKER).exists()
+    assert not (out / "zh-dev" / MARKER).exists()
 
 
 def _last_rate(folder: Path) -> float:

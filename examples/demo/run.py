@@ -11,6 +11,7 @@ import argparse
 import os
 import platform
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -190,7 +191,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # however it is stopped, the ranks are stopped too
     try:
         main(sys.argv[1:])
     except (ValueError, RuntimeError) as error:
         sys.exit(f"demo: {error}")
+    except KeyboardInterrupt:
+        sys.exit("demo: interrupted; the same command goes on where it was")

@@ -193,7 +193,7 @@ def markdown(comparison: Comparison, *, title: str, notes: Sequence[str], pictur
 NOTES = (
     "Losses are those of the dense model on held-out text, in nats a token; lower is better.",
     "Seconds are training alone, by each run's own record, without evaluations, checkpoints and start-up.",
-    "Executed operations are those of the neurons that took part, forward and backward.",
+    "Executed operations are those of the neurons that took part, forward and backward, and of choosing them.",
     "One seed a run: the table has no error bars, and small differences may be chance.",
 )
 
