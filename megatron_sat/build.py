@@ -19,6 +19,7 @@ from megatron_sat.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_sat.distributed import Layout, initialize_model_parallel
 from megatron_sat.engines.megatron import MegatronEngine
 from megatron_sat.engines.optim import describe_adam, make_optimizer_config
+from megatron_sat.layers import fused
 from megatron_sat.layers.attach import attach_selectors
 from megatron_sat.layers.available import in_use
 from megatron_sat.model.builder import Embedding, build_chunks
@@ -49,6 +50,7 @@ def build_run(config: Config) -> Run:
     Raises ValueError for data, tokenizer or model that cannot be used together.
     """
     faults.apply_all()
+    fused.install()
     if config.transformer.get("deterministic_mode"):
         torch.use_deterministic_algorithms(True)  # megatron.core minds the mode in Transformer Engine alone
     parallel = config.parallel

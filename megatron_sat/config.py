@@ -92,6 +92,8 @@ class Config:
     data: DataConfig
     schedule: ScheduleConfig
     selection: SelectionConfig
+    weights: str
+    """compact: packed once a step; gather: cut for every micro-batch."""
     omitted_neurons: str
     """optimizer: momentum and decay go on moving them; frozen: nothing does (eq. 2)."""
     settings: dict[str, Any]
@@ -125,6 +127,7 @@ def compose(given: Settings, *, machine: Machine, world_size: int) -> Config:
         data=_data(settings),
         schedule=_schedule(settings, training=training),
         selection=SelectionConfig(**_named(SelectionConfig, settings, prefix="sat_")),
+        weights=settings["sat_weights"],
         omitted_neurons=settings["sat_omitted_neurons"],
         settings={key: value for key, value in settings.items() if value is not None and key not in idle},
         remarks=tuple(remarks(settings, given=given)),

@@ -73,6 +73,7 @@ class Session:
             log_interval=logging.log_interval,
             eval_interval=training.eval_interval,
             save_interval=checkpoint.save_interval,
+            packs=self.config.weights == "compact",
             exit_interval=training.exit_interval,
             exit_duration_minutes=training.exit_duration_in_mins,
         )

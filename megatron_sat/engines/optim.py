@@ -186,7 +186,19 @@ def make_optimizer_config(
 
 def build_optimizer(chunks: Sequence[torch.nn.Module], *, config: OptimizerConfig) -> MegatronOptimizer:
     """megatron.core's optimizer over DDP-wrapped model chunks; collective."""
-    return get_megatron_optimizer(config, list(chunks))
+    optimizer = get_megatron_optimizer(config, list(chunks))
+    if torch.cuda.is_available():
+        _fuse(optimizer)
+    return optimizer
+
+
+def _fuse(optimizer: MegatronOptimizer) -> None:
+    """One kernel for torch's AdamW, which megatron.core makes without (apex' and Transformer Engine's always have)."""
+    for wrapper in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(wrapper, "optimizer", None)
+        if isinstance(inner, torch.optim.AdamW):
+            for group in inner.param_groups:
+                group["fused"], group["foreach"] = True, False
 
 
 def build_scheduler(optimizer: MegatronOptimizer, *, config: LearningRateConfig) -> OptimizerParamScheduler:

@@ -134,11 +134,9 @@ _LIBRARIES: dict[str, Callable[[Machine], bool]] = {
     "flash-attn": lambda machine: machine.flash_attn,
     "Transformer Engine": lambda machine: machine.transformer_engine,
     "apex": lambda machine: machine.apex,
-    "apex with its CUDA extensions": lambda machine: machine.fused_gradients,
 }
 _ON_A_GPU: tuple[tuple[str, Any, str], ...] = (
     ("attention_backend", "flash", "flash-attn"),
-    ("gradient_accumulation_fusion", True, "apex with its CUDA extensions"),
     ("apply_rope_fusion", True, "Transformer Engine"),
     ("memory_efficient_layer_norm", True, "apex"),
     ("cpu_offloading", True, "Transformer Engine"),
@@ -289,6 +287,11 @@ def _check_choice(s: Settings, *, world_size: int) -> None:
         raise ValueError(
             "--sat-selection top-k needs scores that differ, got --sat-importance uniform, which would keep "
             "the first neurons forever; use --sat-selection sampling"
+        )
+    if s["sat_weights"] == "compact" and not s["gradient_accumulation_fusion"]:
+        raise ValueError(
+            "--sat-weights compact needs --gradient-accumulation-fusion, got it off: packed gradients add up in the "
+            "product; leave one of them out"
         )
     if s["sat_dp_selection"] == "local":
         _check_local(s, world_size=world_size)

@@ -17,7 +17,6 @@ from megatron_sat.flags.table import table
 from megatron_sat.layers.available import (
     apex_rms_norm,
     flash_attention,
-    fused_gradient_accumulation,
     transformer_engine_norm,
 )
 from megatron_sat.sparsity.schedule import parse_rate
@@ -35,8 +34,6 @@ class Machine:
     transformer_engine: bool = False
     apex: bool = False
     """apex' norm."""
-    fused_gradients: bool = False
-    """apex' kernel that adds weight gradients into the main gradient."""
     emerging_optimizers: bool = False
     """The library behind Muon, Lion and SOAP, and a megatron.core that knows it."""
 
@@ -48,7 +45,6 @@ def look_at_machine(*, cuda: bool) -> Machine:
         flash_attn=flash_attention(cuda=cuda) is not None,
         transformer_engine=transformer_engine_norm(cuda=cuda) is not None,
         apex=apex_rms_norm(cuda=cuda) is not None,
-        fused_gradients=fused_gradient_accumulation(cuda=cuda),
         emerging_optimizers=_has_emerging_optimizers(),
     )
 
@@ -131,7 +127,7 @@ def _model(s: dict[str, Any], *, machine: Machine) -> None:
     _fill(s, "bias_swiglu_fusion", machine.cuda)
     _fill(s, "bias_gelu_fusion", machine.cuda)
     _fill(s, "bias_dropout_fusion", machine.cuda)
-    _fill(s, "gradient_accumulation_fusion", machine.fused_gradients)
+    _fill(s, "gradient_accumulation_fusion", True)  # by apex, or by torch where apex is not installed
     _fill(s, "apply_rope_fusion", machine.transformer_engine and s["position_embedding_type"] == "rope")
 
 
@@ -156,6 +152,7 @@ def _method(s: dict[str, Any], *, machine: Machine) -> None:
     channels = s["ffn_hidden_size"] // max(1, s["sat_selection_groups"])
     wide = machine.cuda and channels >= CHANNEL_MULTIPLE
     _fill(s, "sat_channel_multiple", CHANNEL_MULTIPLE if wide else 1)
+    _fill(s, "sat_weights", "compact" if s["gradient_accumulation_fusion"] else "gather")
     _fill(s, "sat_seed", s["seed"])
 
 

@@ -46,6 +46,7 @@ METHOD: tuple[Flag, ...] = (
     option(
         "sat_rescale", choices=("none", "inverse-keep"), default="none", help="1/(share kept) on what is kept"
     ),
+    option("sat_weights", choices=("compact", "gather"), help="packed once a step, or cut every micro-batch"),
     option(
         "sat_omitted_neurons",
         choices=("optimizer", "frozen"),

@@ -65,11 +65,12 @@ def in_use(*, cuda: bool, dtype: torch.dtype, gradient_accumulation_fusion: bool
         norm = f"torch {torch.__version__}"
     fused = gradient_accumulation_fusion and fused_gradient_accumulation(cuda=cuda)
     attention = f"torch {torch.__version__} SDPA" if flash is None else _named("flash_attn", "flash-attn")
+    how = "not fused" if not gradient_accumulation_fusion else "fused (apex)" if fused else "fused (torch)"
     parts = [
         f"attention: {attention}",
         f"norm: {norm}",
         optimizer,
-        "gradient accumulation: " + ("fused (apex)" if fused else "not fused"),
+        f"gradient accumulation: {how}",
     ]
     return "; ".join(parts)
 

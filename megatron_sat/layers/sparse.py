@@ -23,6 +23,8 @@ class SparsePair(Module):
     """Mixed into a Megatron module whose neurons are rows of one linear layer and columns of the next."""
 
     config: TransformerConfig
+    _placed: tuple[Kept, Tensor, Tensor] | None = None
+    """A choice, and the rows and columns it comes to."""
     selector: Selector | None = None
     """None: the module is dense, line for line Megatron's."""
 
@@ -57,11 +59,14 @@ class SparsePair(Module):
 
     def _set(self, kept: Kept | None) -> None:
         column, row = self.linear_pair()
+        column.packing = row.packing = None if self.selector is None else self.selector.packing
         if kept is None or self.selector is None:
-            column.rows = row.columns = None
-        else:
-            column.rows = self.selector.neurons.kept_rows(kept.index)
-            row.columns = self.selector.neurons.columns(kept.index)
+            self._placed = column.rows = row.columns = None
+            return
+        if self._placed is None or self._placed[0] is not kept:  # once a choice, not for every micro-batch
+            neurons = self.selector.neurons
+            self._placed = kept, neurons.kept_rows(kept.index), neurons.columns(kept.index)
+        _, column.rows, row.columns = self._placed
 
     def _dense_activations(self, forward: Callable[[], Output]) -> Tensor:
         """[s, b, k]: the second layer's input when every neuron takes part."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from megatron_sat.sparsity.compact import Packing
 from megatron_sat.sparsity.neurons import Kept
 from megatron_sat.sparsity.selector import Selector
 
@@ -58,17 +59,21 @@ class Controller:
         return [selector for _, selector in self._modules]
 
     @contextmanager
-    def step(self, step: int) -> Iterator[None]:
+    def step(self, step: int, *, micro_batches: int | None = None) -> Iterator[None]:
         """Step ``step`` (from 1): inside, forwards are sparse at the schedule's rate; outside, dense.
 
+        micro_batches: of each module in this step, for layers to pack their weights for; None: they gather.
         A step whose body raises counts no visits, and leaves the modules dense too.
         """
         following = min(step + 1, self.schedule.last_step)
         rate, next_rate = self.schedule.rate(step), self.schedule.rate(following)
         draw, next_draw = self._draw(step), self._draw(following)
+        packing = None if micro_batches is None else Packing(uses=micro_batches)
         try:
             for selector in self.selectors:
-                selector.begin_step(rate=rate, draw=draw, next_rate=next_rate, next_draw=next_draw)
+                selector.begin_step(
+                    rate=rate, draw=draw, next_rate=next_rate, next_draw=next_draw, packing=packing
+                )
             yield
             for selector in self.selectors:
                 selector.count_visits()

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_sat.sparsity.compact import Packing
 from megatron_sat.sparsity.importance import METRICS, Needs
 from megatron_sat.sparsity.neurons import Kept, Neurons
 from megatron_sat.sparsity.selection import gumbel_noise, keep_count, select
@@ -127,6 +128,7 @@ class Selector:
         self.neurons, self.place, self.config = neurons, place, config
         self._metric = METRICS[config.importance]
         self._weights, self._add_ranks = weights, add_ranks
+        self.packing: Packing | None = None
         self._wanted: Key | None = None
         self._choice: Kept | None = None
         self._choice_key: Key | None = None
@@ -138,11 +140,21 @@ class Selector:
 
     # -- the step, driven by the controller
 
-    def begin_step(self, *, rate: Fraction, draw: int, next_rate: Fraction, next_draw: int) -> None:
+    def begin_step(
+        self,
+        *,
+        rate: Fraction,
+        draw: int,
+        next_rate: Fraction,
+        next_draw: int,
+        packing: Packing | None = None,
+    ) -> None:
         """Enter a step at omission ``rate`` with the noise of step ``draw``, the first of its interval.
 
-        The next step's pair says whether this one must leave sums behind (``lagged``).
+        The next step's pair says whether this one must leave sums behind (``lagged``). packing: for layers that pack
+        their weights for this step.
         """
+        self.packing = packing
         self._wanted = self._key(rate, draw)
         lagged, weights_alone = self.config.statistics == "lagged", self._metric.needs == "nothing"
         following = self._key(next_rate, next_draw)
@@ -164,7 +176,7 @@ class Selector:
 
     def end_step(self) -> None:
         """Leave the step: dense from here on."""
-        self._wanted, self._measures = None, False
+        self._wanted, self._measures, self.packing = None, False, None
 
     @torch.no_grad()
     def kept(self, tokens: Tensor, activations: Callable[[], Tensor]) -> Kept | None:
@@ -309,5 +321,7 @@ class Selector:
         """[units] of this shard, cut from the whole layer's."""
         place, units = self.place, self.neurons.units
         total = units * place.num_shards
-        noise = gumbel_noise(total, seed=self.config.seed, step=draw, layer=place.layer, kind=place.kind)
-        return noise[place.shard * units : (place.shard + 1) * units].to(device, non_blocking=True)
+        noise = gumbel_noise(
+            total, seed=self.config.seed, step=draw, layer=place.layer, kind=place.kind, device=device
+        )
+        return noise[place.shard * units : (place.shard + 1) * units]

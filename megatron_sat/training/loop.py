@@ -34,6 +34,8 @@ class Extent:
     log_interval: int | None
     eval_interval: int | None
     save_interval: int | None
+    packs: bool = False
+    """Whether sparse layers pack their weights once a step (the engine must have gradient buffers)."""
     exit_interval: int | None = None
     """Stop after a step that this divides."""
     exit_duration_minutes: float | None = None
@@ -81,7 +83,7 @@ def train(
     while progress.iteration < extent.train_iters:
         step = progress.iteration + 1
         clock = time.perf_counter()
-        with controller.step(step):
+        with controller.step(step, micro_batches=extent.num_micro_batches if extent.packs else None):
             result = engine.train_step(micro_batches, num_micro_batches=extent.num_micro_batches)
         moments.stepped(step, result, time.perf_counter() - clock)
         progress = replace(

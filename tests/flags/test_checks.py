@@ -227,6 +227,10 @@ def test_a_run_said_in_samples_is_said_in_samples_throughout(capsys, more, said)
         ),
         ("--sat-dp-selection local", "--sat-dp-selection local has no effect with one replica; leave it out"),
         (
+            "--sat-weights compact --no-gradient-accumulation-fusion",
+            "--sat-weights compact needs --gradient-accumulation-fusion, got it off",
+        ),
+        (
             "--sat-omitted-neurons frozen --optimizer sgd",
             "--sat-omitted-neurons frozen needs --optimizer adam, got sgd",
         ),
@@ -298,7 +302,6 @@ def test_heads_may_leave_singly_under_more_selection_groups_than_query_groups():
 ON_A_GPU = [
     ("--use-flash-attn", "--attention-backend flash (or --use-flash-attn)", "flash-attn"),
     ("--attention-backend flash", "--attention-backend flash (or --use-flash-attn)", "flash-attn"),
-    ("--gradient-accumulation-fusion", "--gradient-accumulation-fusion", "apex with its CUDA extensions"),
     ("--apply-rope-fusion", "--apply-rope-fusion", "Transformer Engine"),
     ("--memory-efficient-layer-norm", "--memory-efficient-layer-norm", "apex"),
     ("--cpu-offloading-num-layers 2", "--cpu-offloading", "Transformer Engine"),

@@ -5,8 +5,8 @@ import pytest
 from megatron_sat.flags.defaults import Machine, look_at_machine, written_rate
 from tests.helpers.command_line import LADDER, run
 
-GPU = Machine(cuda=True, fused_gradients=True)
-FUSIONS = ("bias_swiglu_fusion", "bias_dropout_fusion", "gradient_accumulation_fusion")
+GPU = Machine(cuda=True)
+FUSIONS = ("bias_swiglu_fusion", "bias_dropout_fusion")
 
 
 def test_without_a_gpu_no_library_counts():
@@ -17,14 +17,14 @@ def test_without_a_gpu_no_library_counts():
 
 def test_without_a_gpu_kernels_are_plain_and_ranks_speak_gloo():
     settings = run(LADDER).settings
-    assert [settings[key] for key in FUSIONS] == [False, False, False]
+    assert [settings[key] for key in FUSIONS] == [False, False]
     assert (settings["distributed_backend"], settings["use_cpu_initialization"]) == ("gloo", True)
     assert settings["sat_channel_multiple"] == 1
 
 
 def test_with_a_gpu_kernels_are_fused_and_ranks_speak_nccl():
     settings = run(f"{LADDER} --ffn-hidden-size 512", machine=GPU).settings
-    assert [settings[key] for key in FUSIONS] == [True, True, True]
+    assert [settings[key] for key in FUSIONS] == [True, True]
     assert (settings["distributed_backend"], settings["use_cpu_initialization"]) == ("nccl", False)
     assert settings["sat_channel_multiple"] == 128
 
@@ -33,6 +33,16 @@ def test_a_fusion_is_off_where_it_is_switched_off():
     settings = run("--no-bias-swiglu-fusion --no-gradient-accumulation-fusion", machine=GPU).settings
     assert not settings["bias_swiglu_fusion"]
     assert not settings["gradient_accumulation_fusion"]
+
+
+@pytest.mark.parametrize("machine", [GPU, Machine(cuda=False)])
+def test_gradients_are_fused_and_weights_packed_everywhere(machine):
+    config = run(LADDER, machine=machine)
+    assert config.settings["gradient_accumulation_fusion"] and config.weights == "compact"
+
+
+def test_without_fused_gradients_weights_are_gathered():
+    assert run(f"{LADDER} --no-gradient-accumulation-fusion").weights == "gather"
 
 
 def test_channels_are_not_rounded_to_more_than_a_group_has():

@@ -18,7 +18,7 @@ arguments = pytest.importorskip(
 KINDS = {int: "int", float: "float", str: "str", None: "str"}
 DECIDED_BY_THE_MACHINE = {
     "--use-cpu-initialization": "off on a GPU, on without one",
-    "--no-gradient-accumulation-fusion": "on where apex can",
+    "--no-gradient-accumulation-fusion": "on everywhere: by apex, or by torch",
     "--no-rope-fusion": "on where Transformer Engine can",
     "--no-bias-gelu-fusion": "on with CUDA",
     "--no-bias-swiglu-fusion": "on with CUDA",

@@ -114,9 +114,12 @@ def test_apex_is_named_where_it_is_the_only_one(monkeypatch: pytest.MonkeyPatch)
     assert "norm: apex;" in in_use()
 
 
-@pytest.mark.parametrize("cuda, fusion", [(True, False), (False, True)])
-def test_gradient_accumulation_is_fused_only_where_asked_for_and_possible(
-    monkeypatch: pytest.MonkeyPatch, cuda: bool, fusion: bool
+@pytest.mark.parametrize(
+    ("cuda", "fusion", "how"),
+    [(True, False, "not fused"), (False, True, "fused (torch)"), (True, True, "fused (apex)")],
+)
+def test_gradient_accumulation_is_fused_where_asked_for_by_whoever_can(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, fusion: bool, how: str
 ) -> None:
     everything(monkeypatch)
-    assert "gradient accumulation: not fused" in in_use(cuda=cuda, fusion=fusion)
+    assert f"gradient accumulation: {how}" in in_use(cuda=cuda, fusion=fusion)

@@ -124,3 +124,16 @@ def test_sparse_runs_leave_neurons_out_and_dense_runs_do_not(train: Callable[...
         units = 4 if name.startswith("attention") else 96
         kept = [units // 2] * 3 + [units // 2 if units == 4 else 72] + [units] * 3  # .25 of two groups: one
         assert (len(row), sum(row)) == (units, sum(kept))
+
+
+GATHERED = "--sat-weights gather"
+
+
+@pytest.mark.parametrize("layout", ["tp 2, sequence parallel", "pp 2, interleaved", "full recomputation"])
+def test_packed_weights_train_as_gathered_ones_do(layout: str, train: Callable[..., Trained]) -> None:
+    case = LAYOUTS[layout]
+    assert_same_run(train(f"{SPARSE} {case.flags}", case.ranks), train(f"{SPARSE} {case.flags} {GATHERED}", case.ranks))
+
+
+def test_packed_weights_and_overlapped_reduction_train_as_gathered_ones_do(train: Callable[..., Trained]) -> None:
+    assert_same_run(train(f"{SPARSE} {OVERLAPPED}", 2), train(f"{SPARSE} {OVERLAPPED} {GATHERED}", 2))

@@ -1,0 +1,75 @@
+"""A weight cut once a step: packed before its first use, its gradients added up packed, unpacked after the last.
+
+The fast twin of `gather`, which copies the kept part for every micro-batch. A `Pack` needs a gradient buffer of the
+weight's shape that is zero when the step begins (``main_grad``, as Megatron's DDP keeps one): the front of that buffer
+serves as the packed accumulator, so nothing of the weight's size is allocated, and after the last backward the sums
+move to their rows or columns. Whoever watches the weight's own gradient (DDP's hooks) sees them there in time.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Packing:
+    """One step in which weights are packed; each weight is packed once for it. Compared by identity."""
+
+    uses: int
+    """Forwards of each module that get a backward in this step: its micro-batches."""
+
+
+class Pack:
+    """The kept rows (dim 0) or columns (dim 1) of one weight for one step."""
+
+    def __init__(self, weight: Parameter, index: Tensor, *, dim: int, uses: int) -> None:
+        """index: [k] int64, distinct. uses: how many forwards of the step get a backward (its micro-batches)."""
+        assert hasattr(weight, "main_grad"), "a pack adds up in the weight's main_grad"
+        self._weight, self._index, self._dim, self._left = weight, index, dim, uses
+        self._packed: Tensor | None = weight.detach().index_select(dim, index)
+
+    def use(self) -> Tensor:
+        """The packed weight, [k, h] or [h, k], for one forward.
+
+        It carries ``main_grad``, where the backward adds this use's weight gradient, and
+        ``grad_added_to_main_grad``, by which Megatron's linear layers tell that they did.
+        """
+        packed: Any = _Use.apply(self._weight, self)
+        packed.main_grad = self._sums()
+        packed.grad_added_to_main_grad = False
+        return packed
+
+    def _sums(self) -> Tensor:
+        """The accumulator: the front of the weight's gradient buffer, in the packed weight's shape."""
+        assert self._packed is not None, "a pack is used once more than it was made for"
+        return self._weight.main_grad.view(-1)[: self._packed.numel()].view(self._packed.shape)  # type: ignore[attr-defined]
+
+    def _used(self, weight: Parameter) -> None:
+        """A backward is through. After the last one the sums go where they belong, and the pack is given up."""
+        self._left -= 1
+        if self._left == 0:
+            sums = self._sums()
+            kept = sums.clone()
+            sums.zero_()
+            weight.main_grad.index_copy_(self._dim, self._index, kept)  # type: ignore[attr-defined]
+            self._packed = None
+
+
+class _Use(torch.autograd.Function):
+    """weight -> packed weight. Its gradient is in main_grad already; what flows back only says that it is there."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Parameter, pack: Pack) -> Tensor:
+        ctx.pack, ctx.weight = pack, weight
+        assert pack._packed is not None
+        return pack._packed.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        weight = ctx.weight
+        ctx.pack._used(weight)
+        weight.grad_added_to_main_grad = True
+        return torch.empty_like(weight), None  # never read: hooks of the weight run only where a gradient arrives
