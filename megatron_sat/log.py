@@ -34,11 +34,16 @@ _NOISE = (
     ".*Transformer Engine and Apex are not installed.*",  # build.introduce says once what is in use
     "Apex is not installed.*",
     "full scope is deprecated.*",  # megatron-core 0.16 and 0.19 warn of their own default
+    "MimoModelConfig is experimental.*",  # megatron-core 0.19 imports it with every model
     ".*`torch.distributed.* is deprecated.*",  # megatron.core's calls, torch 2.13 and newer
 )
 
 
-_NOISY_LOGGERS = ("megatron.core.rerun_state_machine", "megatron.core.dist_checkpointing.strategies.torch")
+_NOISY_LOGGERS = (
+    "megatron.core.rerun_state_machine",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "torch.utils.cpp_extension",  # that a CUDA toolkit lies on a machine without a GPU
+)
 
 
 def quiet_libraries() -> None:
