@@ -20,7 +20,7 @@ from megatron_sat.vocab.source import Source
 _COPIED = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 _LOADER = {"tokenizer_class": "PreTrainedTokenizerFast"}
 """Load tokenizer.json as it is. transformers 5 rebuilds it for LlamaTokenizer and others, and then a text that begins
-with a space loses one."""
+with a space loses one. For some model types (qwen2) it does so whatever this says; job.py checks what is loaded."""
 _DROPPED = ("auto_map", "backend", "is_local", "local_files_only", "legacy", "sp_model_kwargs", "add_prefix_space")
 """Settings of the classes that are not used; the fast form says the same."""
 
