@@ -12,6 +12,11 @@ from tests.helpers.program import SPARSE, Text, Trained, trained
 from tests.helpers.tolerances import EXACT, RUN_LOSS, RUN_NORM
 
 METHODS = {"dense": "", "sparse": SPARSE}
+OURS = (
+    f"{SPARSE} --sat-importance contribution --sat-statistics lagged --sat-selection-interval 2 --sat-gqa head "
+    "--sat-rescale inverse-keep --sat-omitted-neurons frozen"
+)
+"""What the paper has not, together."""
 TP, PP = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
 OVERLAPPED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 RECOMPUTE = "--recompute-granularity"
@@ -73,6 +78,21 @@ def test_a_layout_trains_as_one_process_does(layout: str, method: str, train: Ca
     case = LAYOUTS[layout]
     run = train(f"{METHODS[method]} {case.flags}", case.ranks)
     assert_same_run(run, train(f"{METHODS[method]} {case.alone}"), exact=case.exact)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tp 2, sequence parallel",
+        "pp 2, interleaved",
+        "cp 2",
+        "dp 2, distributed optimizer, overlapped",
+        "recomputed norms",
+    ],
+)
+def test_options_that_the_paper_has_not_hold_in_layouts_too(layout: str, train: Callable[..., Trained]) -> None:
+    case = LAYOUTS[layout]
+    assert_same_run(train(f"{OURS} {case.flags}", case.ranks), train(f"{OURS} {case.alone}"))
 
 
 def test_an_evaluation_of_fewer_micro_batches_than_stages_reads_each_sample_once(
