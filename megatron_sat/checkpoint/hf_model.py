@@ -32,6 +32,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = AutoConfig.from_pretrained(str(folder.resolve()), **_LOCAL).to_dict()
     except Exception as error:
         raise ValueError(f"{path} must be a model that transformers knows, it cannot be read: {error}") from error
+    found.pop("_name_or_path", None)  # where it lay, not what it is
     return found
 
 
@@ -77,7 +78,7 @@ def write_config(folder: Path, *, config: dict[str, Any]) -> None:
 
 
 def _prepare() -> None:
-    """Quiet transformers, and let ``with torch.device(...)``, in which it builds models, see through `megatron_sat.cpu`.
+    """Quiet transformers; let ``with torch.device(...)``, in which it builds models, see through `megatron_sat.cpu`.
 
     torch recognises factories (torch.arange, ...) by identity, in a set that it makes at first use. Made after
     `cpu.install`, it knows our stand-ins and not what they call; transformers then loads a model whose rotary

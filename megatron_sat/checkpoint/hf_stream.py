@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -152,10 +153,14 @@ def read_tensor(folder: Path, *, index: Metadata, key: str, layer: int | None) -
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without torch's remark that one process works alone: it is meant to."""
+    """Without torch's remark that one process works alone, and without its wrapping of what goes wrong in it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            first, _ = next(iter(error.failures.values()))
+            raise first from None
 
 
 class _Reader(dcp.FileSystemReader):

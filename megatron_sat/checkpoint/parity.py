@@ -200,8 +200,8 @@ def refuse(report: Report) -> None:
     if not report.passed:
         raise ValueError(
             f"the two models must compute the same: fp32 logits within {MAX_DELTA}, or {MIN_SAME_TOP:.0%} equal top "
-            f"tokens in bf16, and no padding predicted; got {report}. Nothing was written; report the model, for a "
-            "conversion that differs is ours to mend, or go on at your own risk with --skip-gate"
+            f"tokens in bf16, and no padding predicted; got {report}. A conversion that "
+            "differs is ours to mend: report the model; --skip-gate goes on at your own risk"
         )
 
 

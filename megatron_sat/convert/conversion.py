@@ -154,14 +154,23 @@ def _gate(load: Path, hf: Path, *, dtype: str, step: int | None = None, records:
 
 
 def _reference(hf: Path, *, dtype: str) -> tuple[parity.Trace, list[int]]:
-    """What Hugging Face's model computes, and for which tokens; the model is gone afterwards."""
+    """What Hugging Face's model computes on rank 0, told to all, and for which tokens; the model is gone afterwards."""
     config = read_config(hf)
     tokens = parity.sample(
         _tokenizer(hf).encode, vocab_size=config["vocab_size"], longest=config["max_position_embeddings"]
     )
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    model = load_model(hf, dtype=DTYPES[dtype], device=device)
-    return parity.trace_hugging_face(model, tokens), tokens
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        on_gpu = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        try:
+            told[0] = parity.trace_hugging_face(load_model(hf, dtype=DTYPES[dtype], device=device), tokens)
+        except ValueError as error:
+            told[1] = error
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise told[1]
+    return told[0], tokens
 
 
 def _compared(

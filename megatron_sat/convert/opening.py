@@ -119,6 +119,7 @@ def _run_of_one_step(*, tp: int, pp: int, dtype: str, seq_length: int) -> dict[s
         "tokenizer_type": "NullTokenizer",
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
+        "gradient_accumulation_fusion": False,
     }
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from transformers import AutoConfig
 
 from megatron_sat.checkpoint.hf_config import (
@@ -58,10 +59,9 @@ def test_llama3_scaling_keeps_its_factor():
 
 
 def test_megatron_scales_rotary_frequencies_by_the_constants_that_are_asked_for():
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding  # noqa: PLC0415
-
-    rope = RotaryEmbedding(kv_channels=64, rotary_percent=1.0, rotary_base=500000, rope_scaling=True, rope_scaling_factor=8.0)
-    plain = RotaryEmbedding(kv_channels=64, rotary_percent=1.0, rotary_base=500000).inv_freq
+    common = {"kv_channels": 64, "rotary_percent": 1.0, "rotary_base": 500000}
+    rope = RotaryEmbedding(**common, rope_scaling=True, rope_scaling_factor=8.0)
+    plain = RotaryEmbedding(**common).inv_freq
     low, high, old = (LLAMA3_SCALING[name] for name in LLAMA3_SCALING)
     for index, frequency in enumerate(plain.tolist()):
         length = 2 * torch.pi / frequency

@@ -26,7 +26,7 @@ def test_what_is_written_in_shards_is_read_back_bit_for_bit(tmp_path, max_shard_
     assert (tmp_path / INDEX).is_file() == (files > 1)
     assert all(torch.equal(found.read(name), tensor) for name, tensor in WEIGHTS.items())
     assert found.dtypes == {name: tensor.dtype for name, tensor in WEIGHTS.items()}
-    assert found.shapes == {name: (4, 4) for name in WEIGHTS}
+    assert found.shapes == dict.fromkeys(WEIGHTS, (4, 4))
 
 
 def test_one_shard_is_in_memory_at_a_time(tmp_path):
@@ -110,10 +110,15 @@ def test_a_folder_appears_when_all_is_written(tmp_path):
     assert (target / "file").read_text() == "x"
 
 
-def test_nothing_is_left_where_writing_fails(tmp_path):
-    with pytest.raises(KeyError), whole_folder(tmp_path / "new", said="--save") as draft:
+def _write_and_fail(folder: Path) -> None:
+    with whole_folder(folder, said="--save") as draft:
         (draft / "file").write_text("x")
-        raise KeyError
+        raise KeyboardInterrupt
+
+
+def test_nothing_is_left_where_writing_is_interrupted(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        _write_and_fail(tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -48,7 +48,8 @@ def test_a_model_that_transformers_does_not_know_is_refused(tmp_path):
 
 def test_a_model_that_brings_its_own_code_is_refused(tmp_path, llama):
     content = json.loads((llama / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(content | {"model_type": "x", "auto_map": {"AutoConfig": "evil.C"}}))
+    content |= {"model_type": "x", "auto_map": {"AutoConfig": "evil.C"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
     (tmp_path / "evil.py").write_text("raise SystemExit('run')")
     with pytest.raises(ValueError, match="must be a model that transformers knows"):
         read_config(tmp_path)
