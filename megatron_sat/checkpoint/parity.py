@@ -96,10 +96,10 @@ class Recorded:
     """[n + 1] tokens of the text."""
     losses: list[float]
     """[n] nats of each token after the first, in fp32."""
-    vocab_size: int
-    """Rows of Hugging Face's embedding."""
+    padded_losses: list[float]
+    """[n] the same where the softmax counts the padding rows too, as in training: each has the mean logit."""
     padded_vocab_size: int
-    """Rows of Megatron's."""
+    """Rows of Megatron's embedding."""
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)) + "\n")
@@ -113,16 +113,9 @@ class Recorded:
             raise ValueError(f"{path} must be a recorded loss, it is not: {error}; import the model again") from error
 
     def expected(self, seq_length: int) -> float:
-        """The mean loss on the first ``seq_length`` tokens: a causal model loses the same on a shorter text."""
-        losses = self.losses[:seq_length]
+        """The mean loss, padding counted, on the first ``seq_length`` tokens: a causal model sees no further."""
+        losses = self.padded_losses[:seq_length]
         return sum(losses) / len(losses)
-
-    def tolerance(self, dtype: torch.dtype) -> float:
-        """How far, in nats, a first loss may be: rounding, and all that the softmax can give to padding rows.
-
-        Each of them has the mean of the others' logits, so together at most their share of the rows.
-        """
-        return FIRST_LOSS_TOLERANCE[dtype] + math.log(self.padded_vocab_size / self.vocab_size)
 
     def batch(self, seq_length: int, *, micro_batch_size: int) -> dict[str, Tensor]:
         """The text as one micro-batch: tokens, labels, position_ids, loss_mask [b, s]; what is too short is masked."""
@@ -167,10 +160,11 @@ def sample(encode: Callable[[str], list[int]], *, vocab_size: int, longest: int)
 def record(trace: Trace, *, ids: Sequence[int], padded_vocab_size: int) -> Recorded:
     """Token by token, what Hugging Face's traced model loses."""
     logits = trace["logits"]
+    padding = logits.mean(-1, keepdim=True).expand(-1, padded_vocab_size - logits.shape[-1])
     return Recorded(
         ids=list(ids),
         losses=_losses(logits, ids).tolist(),
-        vocab_size=logits.shape[-1],
+        padded_losses=_losses(torch.cat([logits, padding], dim=-1), ids).tolist(),
         padded_vocab_size=padded_vocab_size,
     )
 

@@ -79,8 +79,8 @@ def test_a_recorded_loss_is_read_back_and_cut_to_a_shorter_text(tmp_path):
     recorded = record(_trace(), ids=IDS, padded_vocab_size=ROWS)
     recorded.save(tmp_path / "loss.json")
     assert Recorded.load(tmp_path / "loss.json") == recorded
-    assert recorded.expected(2) == pytest.approx(sum(recorded.losses[:2]) / 2)
-    assert recorded.expected(4096) == pytest.approx(sum(recorded.losses) / 4)
+    assert recorded.expected(2) == pytest.approx(sum(recorded.padded_losses[:2]) / 2)
+    assert recorded.expected(4096) == pytest.approx(sum(recorded.padded_losses) / 4)
 
 
 def test_the_recorded_text_is_a_micro_batch_of_any_size():
@@ -92,11 +92,12 @@ def test_the_recorded_text_is_a_micro_batch_of_any_size():
     assert recorded.batch(2, micro_batch_size=1)["loss_mask"].tolist() == [[1, 1]]
 
 
-def test_the_tolerance_of_a_first_loss_has_room_for_the_padding():
+def test_a_recorded_loss_counts_padding_as_training_will():
     recorded = record(_trace(), ids=IDS, padded_vocab_size=ROWS)
-    whole = record(_trace(), ids=IDS, padded_vocab_size=VOCAB)
-    assert whole.tolerance(torch.float32) == parity.FIRST_LOSS_TOLERANCE[torch.float32]
-    assert recorded.tolerance(torch.bfloat16) == pytest.approx(2e-2 + math.log(ROWS / VOCAB))
+    assert recorded.expected(4) == pytest.approx(_compared({}).loss, rel=1e-6)
+    assert sum(recorded.losses) / 4 == pytest.approx(_compared({}).reference_loss, rel=1e-6)
+    without = record(_trace(), ids=IDS, padded_vocab_size=VOCAB)
+    assert without.padded_losses == without.losses
 
 
 def test_a_file_that_is_no_recorded_loss_is_refused(tmp_path):

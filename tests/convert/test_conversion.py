@@ -86,7 +86,7 @@ def test_an_import_leaves_flags_tokenizer_and_loss_beside_the_weights(llama):
     assert flags["model"]["padded_vocab_size"] == 512 and flags["model"]["num_query_groups"] == 4
     recorded = Recorded.load(save / "recorded_loss.json")
     assert len(recorded.losses) == len(recorded.ids) - 1 == 255
-    assert (recorded.vocab_size, recorded.padded_vocab_size) == (300, 512)
+    assert recorded.padded_vocab_size == 512
     assert sorted(path.name for path in save.iterdir()) == [
         "hf",
         "latest_checkpointed_iteration.txt",
