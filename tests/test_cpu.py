@@ -142,3 +142,9 @@ def test_streams_can_be_waited_for() -> None:
 @pytest.mark.parametrize("decorate", [torch.compile, torch.compile(mode="max-autotune")], ids=["bare", "options"])
 def test_compiling_leaves_a_function_as_it_is(decorate: Any) -> None:
     assert decorate(max) is max
+
+
+def test_a_device_context_still_reaches_the_wrapped_factories() -> None:
+    with torch.device("meta"):
+        made = [torch.empty(2), torch.arange(3), torch.zeros(1), torch.tensor([1.0])]
+    assert [one.device.type for one in made] == ["meta"] * 4
