@@ -203,7 +203,8 @@ class Session:
         if checkpoint.load is None:
             return Progress()
         root = Path(checkpoint.load)
-        if not (root / TRACKER).exists() and not checkpoint.exit_on_missing_checkpoint:
+        must_be_there = checkpoint.exit_on_missing_checkpoint or checkpoint.finetune or checkpoint.ckpt_step is not None
+        if not (root / TRACKER).exists() and not must_be_there:
             log.say(f"{root} holds no checkpoint: this run starts afresh")
             return Progress()
         opened = open_checkpoint(root, step=checkpoint.ckpt_step)

@@ -109,6 +109,21 @@ def test_a_run_says_where_it_saves_and_from_where_it_goes_on(text: Text, tmp_pat
     assert f"resumed from {tmp_path}/iter_0000002 at step 2" in second.out
 
 
+def test_a_resumed_run_says_which_of_the_methods_settings_it_changes(text: Text, tmp_path: Path) -> None:
+    argv = text.command(f"{SHORT} {LADDER} --sat-schedule-start 2 --save {tmp_path} --load {tmp_path}")
+    assert start([*argv, "--exit-interval", "1"]).codes == [0]
+    changed = start([*argv, "--exit-interval", "2", "--sat-temperature", "0.1"])
+    assert changed.codes == [0], changed.err
+    assert "note: sat_temperature was 0.05 in the checkpoint's run and is 0.1 from here on" in changed.out
+    assert "in the checkpoint's run" not in start([*argv, "--sat-temperature", "0.1"]).out
+
+
+def test_the_last_checkpoints_are_kept_and_the_others_go(text: Text, tmp_path: Path) -> None:
+    argv = text.command(f"--train-iters 4 --save {tmp_path} --save-interval 1 --save-keep-last 2")
+    assert start(argv).codes == [0]
+    assert {path.name for path in tmp_path.glob("iter_*")} == {"iter_0000003", "iter_0000004"}
+
+
 @pytest.mark.parametrize("flag", ["--no-save-optim", "--no-save-rng"])
 def test_a_checkpoint_leaves_out_what_it_is_told_to(flag: str, text: Text, tmp_path: Path) -> None:
     argv = text.command(f"{SHORT} --save {tmp_path} --load {tmp_path}")

@@ -146,9 +146,16 @@ def test_a_checkpoint_of_another_shape_is_refused_tensor_by_tensor(
     assert_refused(argv, said, tmp_path / "save", lines=4)
 
 
-def test_a_checkpoint_that_must_be_there_and_is_not_is_refused(text: Text, tmp_path: Path) -> None:
-    argv = text.command(f"--load {tmp_path / 'absent'} --exit-on-missing-checkpoint")
-    assert_refused(argv, f"--load must be a folder with {TRACKER}", tmp_path / "save")
+@pytest.mark.parametrize("because", ["--exit-on-missing-checkpoint", "--finetune", "--ckpt-step 5"])
+def test_a_checkpoint_that_must_be_there_and_is_not_is_refused(because: str, text: Text, tmp_path: Path) -> None:
+    absent = tmp_path / "absent"
+    said = f"{absent}/iter_0000005 is not there" if "step" in because else f"--load must be a folder with {TRACKER}"
+    assert_refused(text.command(f"--load {absent} {because}"), said, tmp_path / "save")
+
+
+def test_a_step_that_was_not_saved_is_refused_with_those_that_were(text: Text, weights: Path, tmp_path: Path) -> None:
+    argv = text.command(f"{SHORT} --load {weights} --ckpt-step 1")
+    assert_refused(argv, "iter_0000001 is not there; whole ones: 2; choose with --ckpt-step", tmp_path / "save")
 
 
 def test_an_empty_load_folder_is_a_fresh_start_and_says_so(text: Text, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import pytest
 from torch.testing import assert_close
 
 from megatron_sat import pretrain
-from megatron_sat.checkpoint.folder import TRACKER
 from megatron_sat.training.visits import load_visits
 from tests.helpers import program
 from tests.helpers.program import Text, Trained, read_records, start, trained
@@ -32,8 +31,7 @@ class Saved:
 
     def resume(self, step: int, flags: str, *, ranks: int = 1) -> Trained:
         """Go on from the checkpoint of ``step``, as if the run had died before the next one."""
-        (self.folder / TRACKER).write_text(str(step))
-        return self._trained(f"{flags} --load {self.folder}", ranks=ranks)
+        return self._trained(f"{flags} --load {self.folder} --ckpt-step {step}", ranks=ranks)
 
     def _trained(self, flags: str, *, ranks: int) -> Trained:
         return trained(self.text.command(f"{RUN} --save {self.folder} {flags}"), self.jsonl, ranks=ranks)
@@ -87,8 +85,7 @@ def without_choices(rank: int, argv: list[str]) -> None:
 
 def test_a_resumed_run_that_forgot_its_choice_is_told_apart(text: Text, tmp_path: Path) -> None:
     saved = Saved(text, tmp_path, "")
-    (tmp_path / TRACKER).write_text("4")
-    argv = text.command(f"{RUN} --save {tmp_path} --load {tmp_path} --log-jsonl {saved.jsonl}")
+    argv = text.command(f"{RUN} --save {tmp_path} --load {tmp_path} --ckpt-step 4 --log-jsonl {saved.jsonl}")
     run_ranks(without_choices, 1, argv)
     losses = [line["loss"] for line in read_records(saved.jsonl)]
     assert losses[:4] == saved.whole.losses[:4]
