@@ -24,9 +24,7 @@ def test_what_is_saved_is_loaded(file):
     visits = load_visits(file)
 
     assert visits.steps == 5
-    assert {name: row.tolist() for name, row in visits.counts.items()} == {
-        n: r.tolist() for n, r in COUNTS.items()
-    }
+    assert {name: row.tolist() for name, row in visits.counts.items()} == {n: r.tolist() for n, r in COUNTS.items()}
 
 
 def test_the_file_holds_no_pickle_and_leaves_no_draft_beside_it(file):
@@ -92,18 +90,14 @@ def test_no_step_has_no_shares():
 def test_layers_of_different_sizes_and_kinds_without_layers_have_no_shares():
     ragged = Visits(steps=1, counts={"mlp.1": np.ones(3, dtype=int), "mlp.2": np.ones(4, dtype=int)})
 
-    with pytest.raises(
-        ValueError, match=r"mlp must have as many units in every layer, got \[3, 4\]; one run's"
-    ):
+    with pytest.raises(ValueError, match=r"mlp must have as many units in every layer, got \[3, 4\]; one run's"):
         ragged.shares("mlp")
     with pytest.raises(ValueError, match="attention must have as many units in every layer, got no layer"):
         ragged.shares("attention")
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"visits must be a file, .*nowhere.npz does not exist; a sparse run writes"
-    ):
+    with pytest.raises(ValueError, match=r"visits must be a file, .*nowhere.npz does not exist; a sparse run writes"):
         load_visits(tmp_path / "nowhere.npz")
 
 
@@ -112,9 +106,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path, content):
     path = tmp_path / "visits.npz"
     path.write_text(content)
 
-    with pytest.raises(
-        ValueError, match=r"visits must be what a sparse run wrote, .* is damaged: .*; copy it again"
-    ):
+    with pytest.raises(ValueError, match=r"visits must be what a sparse run wrote, .* is damaged: .*; copy it again"):
         load_visits(path)
 
 
