@@ -5,6 +5,7 @@ before the first step. `Run` holds the pieces, `training.run` lets them work.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,11 +23,13 @@ from megatron_sat.engines.optim import describe_adam, make_optimizer_config
 from megatron_sat.layers import fused
 from megatron_sat.layers.attach import attach_selectors
 from megatron_sat.layers.available import in_use
-from megatron_sat.model.builder import Embedding, build_chunks
+from megatron_sat.model.builder import build_chunks, embedding_of
 from megatron_sat.model.flops import ModelShape, Recompute, choice_flops, shape_of
 from megatron_sat.plan import Plan, build_plan
 from megatron_sat.sparsity.controller import Controller, sparse_modules
 from megatron_sat.sparsity.schedule import Schedule, build_schedule
+from megatron_sat.training.only import NewRows, freeze_all_but_vocabulary, train_only
+from megatron_sat.vocab.report import first_new_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +74,13 @@ def build_run(config: Config) -> Run:
             "let the first part of --split be above 0"
         )
     transformer = TransformerConfig(**config.transformer)
-    embedding = _embedding(config, rows=config.model.rows(tokenizer.vocab_size, tp=parallel.tensor))
+    embedding = embedding_of(config.model, rows=config.model.rows(tokenizer.vocab_size, tp=parallel.tensor))
     chunks = build_chunks(transformer, embedding)
+    rows = _new_rows(config, chunks, tokenizer=tokenizer, layout=layout)
     attach_selectors(chunks, config=config.selection, layout=layout)
     engine = _engine(config, chunks, transformer=transformer, layout=layout)
+    if rows is not None:
+        train_only(rows, chunks=engine.chunks, hold=engine.hold)
     schedule = build_schedule(config.schedule)
     controller = Controller(sparse_modules(chunks), schedule=schedule, interval=config.selection.selection_interval)
     if config.omitted_neurons == "frozen":
@@ -114,24 +120,20 @@ def introduce(run: Run) -> None:
     )
 
 
+def _new_rows(
+    config: Config, chunks: list[torch.nn.Module], *, tokenizer: Tokenizer, layout: Layout
+) -> NewRows | None:
+    """With --train-only new-embeddings: everything else is frozen, and the rows that are trained."""
+    if config.training.train_only == "all":
+        return None
+    first = config.training.train_only_first_id or first_new_token(Path(config.tokenizer.model or ""))
+    return NewRows(
+        parameters=freeze_all_but_vocabulary(chunks), first=first, last=tokenizer.vocab_size, tp_rank=layout.tp_rank
+    )
+
+
 def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _embedding(config: Config, *, rows: int) -> Embedding:
-    model = config.model
-    return Embedding(
-        padded_vocab_size=rows,
-        max_sequence_length=model.max_position_embeddings,
-        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-        position_embedding_type=model.position_embedding_type,
-        rotary_percent=model.rotary_percent,
-        rotary_base=model.rotary_base,
-        rope_scaling=model.use_rope_scaling,
-        rope_scaling_factor=model.rope_scaling_factor,
-        rotary_seq_len_interpolation_factor=model.rotary_seq_len_interpolation_factor,
-        fp16_lm_cross_entropy=model.fp16_lm_cross_entropy,
-    )
 
 
 def _engine(

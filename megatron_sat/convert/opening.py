@@ -20,7 +20,7 @@ from megatron_sat.checkpoint.resume import Checkpoint, LoadConfig, load_checkpoi
 from megatron_sat.config import Config, compose
 from megatron_sat.distributed import Layout
 from megatron_sat.flags.defaults import look_at_machine
-from megatron_sat.model.builder import Embedding, build_chunks
+from megatron_sat.model.builder import build_chunks, embedding_of
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WORDS = "embedding.word_embeddings.weight"
@@ -59,7 +59,10 @@ def open_model(
     layout = distributed.initialize_model_parallel(
         tp=tp, pp=pp, cp=1, virtual_pp=None, seed=1, timeout_minutes=_TIMEOUT_MINUTES
     )
-    chunks = [chunk.eval() for chunk in build_chunks(TransformerConfig(**config.transformer), _embedding(config))]
+    rows = config.model.padded_vocab_size
+    assert rows is not None
+    embedding = embedding_of(config.model, rows=rows)
+    chunks = [chunk.eval() for chunk in build_chunks(TransformerConfig(**config.transformer), embedding)]
     weights = _Weights(chunks, layout=layout)
     load_checkpoint(
         checkpoint, trainer=weights, layout=layout, tokenizer=None, data={}, config=LoadConfig(finetune=True)
@@ -121,22 +124,6 @@ def _run_of_one_step(*, tp: int, pp: int, dtype: str, seq_length: int) -> dict[s
         "hidden_dropout": 0.0,
         "gradient_accumulation_fusion": False,
     }
-
-
-def _embedding(config: Config) -> Embedding:
-    model = config.model
-    assert model.padded_vocab_size is not None
-    return Embedding(
-        padded_vocab_size=model.padded_vocab_size,
-        max_sequence_length=model.max_position_embeddings,
-        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
-        position_embedding_type=model.position_embedding_type,
-        rotary_percent=model.rotary_percent,
-        rotary_base=model.rotary_base,
-        rope_scaling=model.use_rope_scaling,
-        rope_scaling_factor=model.rope_scaling_factor,
-        rotary_seq_len_interpolation_factor=model.rotary_seq_len_interpolation_factor,
-    )
 
 
 class _Weights:

@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sat.model.settings import ModelConfig
 from megatron_sat.model.spec import sparse_block_spec
 
 
@@ -28,6 +29,22 @@ class Embedding:
     rope_scaling_factor: float = 8.0
     rotary_seq_len_interpolation_factor: float | None = None
     fp16_lm_cross_entropy: bool = False
+
+
+def embedding_of(model: ModelConfig, *, rows: int) -> Embedding:
+    """What a model's settings say outside the layers. rows: of the embedding over all TP ranks."""
+    return Embedding(
+        padded_vocab_size=rows,
+        max_sequence_length=model.max_position_embeddings,
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        rope_scaling=model.use_rope_scaling,
+        rope_scaling_factor=model.rope_scaling_factor,
+        rotary_seq_len_interpolation_factor=model.rotary_seq_len_interpolation_factor,
+        fp16_lm_cross_entropy=model.fp16_lm_cross_entropy,
+    )
 
 
 def build_chunk(config: TransformerConfig, embedding: Embedding, *, vp_stage: int | None = None) -> GPTModel:

@@ -7,11 +7,40 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_sat.model.builder import Embedding, build_chunk, build_chunks
+from megatron_sat.model.builder import Embedding, build_chunk, build_chunks, embedding_of
+from megatron_sat.model.settings import ModelConfig
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import bare, layout, tiny_config
 
 EMBEDDING = Embedding(padded_vocab_size=128, max_sequence_length=32)
+
+
+def test_settings_say_all_that_lies_outside_the_layers() -> None:
+    settings = ModelConfig(
+        seq_length=8,
+        max_position_embeddings=16,
+        padded_vocab_size=1024,
+        untie_embeddings_and_output_weights=True,
+        position_embedding_type="learned_absolute",
+        rotary_base=5000,
+        rotary_percent=0.5,
+        rotary_seq_len_interpolation_factor=2,
+        use_rope_scaling=True,
+        rope_scaling_factor=4.0,
+        fp16_lm_cross_entropy=True,
+    )
+    assert embedding_of(settings, rows=256) == Embedding(
+        padded_vocab_size=256,
+        max_sequence_length=16,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="learned_absolute",
+        rotary_base=5000,
+        rotary_percent=0.5,
+        rotary_seq_len_interpolation_factor=2,
+        rope_scaling=True,
+        rope_scaling_factor=4.0,
+        fp16_lm_cross_entropy=True,
+    )
 
 
 def parts(_: int, pp: int, virtual_pp: int | None) -> list[tuple[bool, bool, list[int]]]:
