@@ -1,8 +1,9 @@
 """The command line and the configuration file: from text to a `Config`, and back to text.
 
 A setting may stand in a YAML file (``--config``), by its key or any of its names, with dashes or underscores,
-flat or under headlines; what stands on the command line overrides it. What is printed (``--print-config``)
-and saved with the run is the resolved configuration: given back, it is the same run. Only here is YAML known.
+flat or under headlines. Of several files a later one overrides an earlier one, and the command line all of them.
+What is printed (``--print-config``) and saved with the run is the resolved configuration: given back, it is the
+same run. Only here is YAML known.
 """
 
 import argparse
@@ -78,7 +79,7 @@ def help_text() -> str:
         default = "" if flag.default in (None, "") else f" (default: {flag.default})"
         sections.setdefault(flag.section, []).append(f"  {names}\n      {flag.help}{default}")
     usage = (
-        "pretrain_sat.py [--config FILE.yaml] [--print-config] [setting ...]\n\n"
+        "pretrain_sat.py [--config FILE.yaml ...] [--print-config] [setting ...]\n\n"
         "Settings have Megatron-LM's names where Megatron-LM has them. In the file each is a key.\n"
     )
     return usage + "".join(f"\n{title}:\n" + "\n".join(lines) + "\n" for title, lines in sections.items())
@@ -104,7 +105,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     """All names of the table; each gives the text that stood there, to be read by its `Flag`."""
     parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config")
+    parser.add_argument("--config", nargs="+")
     parser.add_argument("--print-config", action="store_true")
     for flag in table().flags.values():
         if flag.names:
@@ -115,10 +116,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _given(argv: Sequence[str]) -> tuple[dict[str, Any], bool]:
-    """What file and command line give, by key, and whether the configuration is only to be printed."""
+    """What files and command line give, by key, and whether the configuration is only to be printed."""
     command_line = _read_command_line(argv)
-    file, print_config = command_line.pop("config", None), command_line.pop("print_config", False)
-    return (_read_file(Path(file)) if file is not None else {}) | command_line, print_config
+    files, print_config = command_line.pop("config", []), command_line.pop("print_config", False)
+    given: dict[str, Any] = {}
+    for file in files:
+        given |= _read_file(Path(file))
+    return given | command_line, print_config
 
 
 def _read_command_line(argv: Sequence[str]) -> dict[str, Any]:

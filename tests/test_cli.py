@@ -127,6 +127,13 @@ def test_the_command_line_overrides_the_file(tmp_path):
     assert run(f"{config} --sat-schedule none") == run()
 
 
+def test_of_several_files_a_later_one_overrides_an_earlier_one(tmp_path):
+    (tmp_path / "model.yaml").write_text("model:\n  swiglu: false\n  norm_epsilon: 1e-6\nlr: 1.0\n")
+    later = write(tmp_path, "swiglu: true\nlr: 1e-3\n").removeprefix("--config ")
+    found = run(f"--config {tmp_path}/model.yaml {later}", without="--lr --swiglu")
+    assert found == run("--lr 1e-3 --swiglu --norm-epsilon 1e-6")
+
+
 @pytest.mark.parametrize(
     ("key", "given"),
     [

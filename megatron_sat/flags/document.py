@@ -16,8 +16,9 @@ Megatron-LM where it has one, and so are types and defaults. Fields of megatron.
 names. With megatron-core 0.16.1 the fields that it lacks are refused by name.
 
 In a YAML file (`--config FILE.yaml`) a setting is a key: as below, or any of its names without the leading
-dashes; flat, or under the headlines below. The command line overrides the file. `--print-config` prints the
-resolved configuration, which can be given back as a file; the same text is saved with the run.
+dashes; flat, or under the headlines below. Of several files a later one overrides an earlier one, and the command
+line all of them. `--print-config` prints the resolved configuration, which can be given back as a file; the same text
+is saved with the run.
 
 An empty default is decided by the machine, the layout or other settings, or there is none.
 """
