@@ -28,7 +28,7 @@ from megatron_sat.model.flops import ModelShape, Recompute, choice_flops, shape_
 from megatron_sat.plan import Plan, build_plan
 from megatron_sat.sparsity.controller import Controller, sparse_modules
 from megatron_sat.sparsity.schedule import Schedule, build_schedule
-from megatron_sat.training.only import NewRows, freeze_all_but_vocabulary, train_only
+from megatron_sat.training.only import NewRows, count_trained, freeze_all_but_vocabulary, train_only
 from megatron_sat.vocab.report import first_new_token
 
 
@@ -45,6 +45,8 @@ class Run:
     controller: Controller
     shape: ModelShape
     plan: Plan
+    new_rows: NewRows | None = None
+    """What alone is trained; None: everything."""
 
 
 def build_run(config: Config) -> Run:
@@ -96,6 +98,7 @@ def build_run(config: Config) -> Run:
         controller=controller,
         shape=shape,
         plan=_plan(config, schedule=schedule, shape=shape, datasets=datasets),
+        new_rows=rows,
     )
 
 
@@ -113,6 +116,10 @@ def introduce(run: Run) -> None:
         )
     )
     parameters = sum(p.numel() for chunk in run.engine.chunks for p in chunk.parameters())
+    rows = run.new_rows
+    if rows is not None:
+        entries = f"{count_trained(rows):,} entries on rank 0"
+        log.say(f"only the tokens {rows.first} to {rows.last - 1} are trained: {entries}")
     parallel = run.config.parallel
     log.say(
         f"{parameters:,} parameters on rank 0; {dist.get_world_size()} ranks: tensor {parallel.tensor}, "

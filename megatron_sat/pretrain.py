@@ -15,12 +15,13 @@ import torch.distributed as dist
 
 from megatron_sat import cli, distributed, log, plan
 from megatron_sat.build import Run, build_run, introduce
-from megatron_sat.checkpoint.folder import TRACKER
+from megatron_sat.checkpoint.folder import RELEASE, TRACKER
 from megatron_sat.checkpoint.header import Header, plain
 from megatron_sat.checkpoint.resume import LoadConfig, load_checkpoint, open_checkpoint, save_checkpoint
 from megatron_sat.data.batch import Batch, EvaluationBatches, build_train_iterator, cut_for_context_parallel
 from megatron_sat.engines.base import StepResult
 from megatron_sat.model.flops import step_flops, whole
+from megatron_sat.training.imported import check_import
 from megatron_sat.training.loop import Extent, Moments, Progress, train
 from megatron_sat.training.metrics import Console, JsonLines, Meter, Sink, StepFigures, TensorBoard, Totals
 from megatron_sat.training.state import restore_choices, whole_choices, whole_visits
@@ -225,7 +226,33 @@ class Session:
         restore_choices(run.controller.selectors, saved=resumed.tensors, layout=run.layout)
         self.meter.totals = Totals(**resumed.extra.get("totals", {}))
         log.say(f"resumed from {opened.folder} at step {resumed.iteration}")
+        if opened.folder.name == RELEASE:
+            self._check_import(root)
         return Progress(iteration=resumed.iteration, consumed_samples=resumed.consumed_train_samples)
+
+    def _check_import(self, root: Path) -> None:
+        """Say the loss of an imported model beside Hugging Face's. Raises ValueError where they are apart."""
+        training, transformer = self.config.training, self.config.transformer
+        line = check_import(
+            root,
+            engine=self.run.engine,
+            layout=self.run.layout,
+            device=self.run.device,
+            seq_length=self.config.model.seq_length,
+            micro_batch_size=training.micro_batch_size,
+            num_micro_batches=self._passed_on,
+            dtype=transformer["params_dtype"],
+            override=self.config.checkpoint.allow_first_loss_apart,
+        )
+        if line is not None:
+            log.say(line)
+
+    @property
+    def _passed_on(self) -> int:
+        """Micro-batches that an interleaved pipeline passes on at a time; 1 without one."""
+        if self.config.parallel.virtual_pipeline is None:
+            return 1
+        return self.config.transformer.get("microbatch_group_size_per_vp_stage") or self.config.parallel.pipeline
 
     def _say_what_changed(self, before: Mapping[str, Any]) -> None:
         """The method's settings that a resumed run changes: allowed, and worth a line each."""
@@ -274,8 +301,6 @@ class Session:
     def _evaluations(self, sets: dict) -> dict[str, EvaluationBatches]:
         """By domain, what an evaluation reads: ``--eval-iters`` global batches, or all where there are fewer."""
         training, layout = self.config.training, self.run.layout
-        interleaved = self.config.parallel.virtual_pipeline is not None
-        group = self.config.transformer.get("microbatch_group_size_per_vp_stage") or self.config.parallel.pipeline
         return {
             name: EvaluationBatches(
                 dataset,
@@ -285,7 +310,7 @@ class Session:
                 max_samples=training.eval_iters * training.global_batch_size,
                 num_workers=0,
                 device=self.run.device,
-                multiple=group if interleaved else 1,
+                multiple=self._passed_on,
             )
             for name, dataset in sets.items()
             if training.eval_iters

@@ -20,7 +20,7 @@ from megatron_sat.checkpoint.hf_layout import Shape
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
 _BESIDE = ("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*")
-_TOKENIZER = ("tokenizer*", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken")
+_TOKENIZER = ("tokenizer*", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken", "vocabulary_extension.json")
 _DTYPES: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _UNFINISHED = ".unfinished"
 

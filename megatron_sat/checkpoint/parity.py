@@ -51,6 +51,8 @@ FIRST_LOSS_TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-3, torch.
 _DIFFERS: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """A hidden state differs when the largest difference is above this share of its largest value."""
 _MODULES_WITH_BIAS = ("attention", "MLP")
+RECORDED = "recorded_loss.json"
+"""Where an import leaves a `Recorded`."""
 Trace = dict[str, Tensor]
 """By the name of a place, in the order of the computation: [s, h] in fp32 on the CPU; "logits": [s, rows]."""
 

@@ -41,7 +41,6 @@ from megatron_sat.data.tokenizer import Tokenizer, build_tokenizer
 
 MODEL_FILE = "model.yaml"
 BESIDE = "hf"
-RECORDED = "recorded_loss.json"
 LAYOUTS = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2))
 """Tensor and pipeline sizes that `verify_model` goes through, where ranks and model allow."""
 
@@ -83,7 +82,7 @@ def import_model(
         )
         (draft / MODEL_FILE).write_text(as_yaml(settings), encoding="utf-8")
         if gate is not None:
-            _gate(draft, source, dtype=gate, records=draft / RECORDED)
+            _gate(draft, source, dtype=gate, records=draft / parity.RECORDED)
     log.say(f"imported to {save}: pretrain_sat.py --config {save / MODEL_FILE} --load {save} --finetune ...")
 
 

@@ -82,6 +82,7 @@ def check(settings: Settings, *, given: Settings, machine: Machine, world_size: 
     _check_batch(settings, world_size=world_size)
     _check_interleaving(settings, world_size=world_size)
     _check_gradients(settings)
+    _check_part(settings)
     if settings["sat_schedule"] != "none":
         _check_choice(settings, world_size=world_size)
         _check_quotas(settings)
@@ -279,6 +280,14 @@ def _check_gradients(s: Settings) -> None:
         raise ValueError(
             f"--sat-omitted-neurons frozen needs --optimizer adam, got {s['optimizer']}; use "
             "--sat-omitted-neurons optimizer"
+        )
+
+
+def _check_part(s: Settings) -> None:
+    if s["train_only"] != "all" and s["sat_schedule"] != "none":
+        raise ValueError(
+            f"--train-only {s['train_only']} needs --sat-schedule none, got {s['sat_schedule']}: heads and channels "
+            "are not trained at all; make it a stage of its own before the sparse run"
         )
 
 

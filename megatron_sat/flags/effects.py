@@ -71,8 +71,13 @@ METHOD: tuple[Rule, ...] = (
         idle=lambda s: not grouped_queries(s),
         beside="without --group-query-attention and fewer --num-query-groups than heads",
     ),
+    Rule(
+        keys="train_only_first_id",
+        idle=lambda s: s["train_only"] == "all",
+        beside="without --train-only new-embeddings",
+    ),
 )
-"""The method's settings."""
+"""The method's settings, and this program's own."""
 
 MEGATRON: tuple[Rule, ...] = (
     Rule(
@@ -172,7 +177,7 @@ MEGATRON: tuple[Rule, ...] = (
     ),
     Rule(keys="save_*", idle=lambda s: s["save"] is None, beside="without --save"),
     Rule(
-        keys="finetune load_* ckpt_step exit_on_missing_checkpoint",
+        keys="finetune load_* ckpt_step exit_on_missing_checkpoint allow_first_loss_apart",
         idle=lambda s: s["load"] is None,
         beside="without --load",
     ),

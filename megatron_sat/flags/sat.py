@@ -1,6 +1,6 @@
 """The settings of the method, and of this program: names that Megatron-LM has not."""
 
-from megatron_sat.flags.flag import Flag, option
+from megatron_sat.flags.flag import Flag, option, switch
 from megatron_sat.sparsity.importance import METRICS
 from megatron_sat.sparsity.schedule import KINDS
 
@@ -64,6 +64,11 @@ DATA: tuple[Flag, ...] = (
 
 CHECKPOINT: tuple[Flag, ...] = (
     option("save_keep_last", "int", help="checkpoints to leave in --save; without it all"),
+    switch(
+        "allow_first_loss_apart",
+        default=False,
+        help="train an imported model although its first loss is not Hugging Face's",
+    ),
 )
 
 LOGGING: tuple[Flag, ...] = (
@@ -72,6 +77,13 @@ LOGGING: tuple[Flag, ...] = (
 
 TRAINING: tuple[Flag, ...] = (
     option("engine", choices=("megatron", "deepspeed"), default="megatron", help="what moves the gradients"),
+    option(
+        "train_only",
+        choices=("all", "new-embeddings"),
+        default="all",
+        help="new-embeddings: only the rows that a vocabulary extension added",
+    ),
+    option("train_only_first_id", "int", help="first of them; vocabulary_extension.json says it unless given"),
 )
 
 SECTIONS: dict[str, tuple[Flag, ...]] = {

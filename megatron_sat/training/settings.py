@@ -25,6 +25,10 @@ class TrainingConfig:
     """End the process after the update in which this has passed; None: never."""
     seed: int = 1234
     """Of weights and dropout, above 0."""
+    train_only: str = "all"
+    """all; new-embeddings: the rows of the vocabulary from train_only_first_id on."""
+    train_only_first_id: int | None = None
+    """First new token, at least 1; None: what vocabulary_extension.json beside the tokenizer says."""
 
     def __post_init__(self) -> None:
         for name in ("train_iters", "micro_batch_size", "global_batch_size", "num_micro_batches"):
@@ -33,6 +37,7 @@ class TrainingConfig:
             _at_least(1, name=name, value=getattr(self, name))
         _at_least(0, name="eval_iters", value=self.eval_iters)
         _at_least(1, name="seed", value=self.seed)
+        _at_least(1, name="train_only_first_id", value=self.train_only_first_id)
         if self.global_batch_size % (self.micro_batch_size * self.num_micro_batches):
             raise ValueError(
                 f"--global-batch-size ({self.global_batch_size}) must be a multiple of --micro-batch-size x "
@@ -66,6 +71,8 @@ class CheckpointConfig:
     """Optimizer state from the checkpoint."""
     load_rng: bool = True
     """Random state from the checkpoint."""
+    allow_first_loss_apart: bool = False
+    """Train an imported model whose first loss is not the one that Hugging Face's model has."""
 
     def __post_init__(self) -> None:
         _at_least(1, name="save_interval", value=self.save_interval)

@@ -18,10 +18,9 @@ from megatron_sat.vocab.extension import Extension, extend, known_texts
 from megatron_sat.vocab.form import Form
 from megatron_sat.vocab.loss import load_encoder, load_model, loss_per_character
 from megatron_sat.vocab.model_files import check_rows, grow, read_config, resize_model
+from megatron_sat.vocab.report import REPORT
 from megatron_sat.vocab.source import read_source
 from megatron_sat.vocab.write import staged, write_tokenizer
-
-REPORT = "vocabulary_extension.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,12 @@ def _child(rank: int, size: int, store: str, timeout: int, out: int, call: Calla
     os._exit(0 if answer[0] else 1)
 
 
+def _last_word(exit_code: int, timeout: int) -> str:
+    if exit_code == -signal.SIGALRM:
+        return f"hung: its alarm rang after {timeout} s"
+    return f"died without a word of {signal.Signals(-exit_code).name if exit_code < 0 else f'exit {exit_code}'}"
+
+
 def run_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout: int = 120, **kw: Any) -> list[Any]:
     """Run ``fn(rank, *args, **kw)`` on n forked gloo ranks; the list of what they return, by rank.
 
@@ -60,10 +66,9 @@ def run_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout: int = 120, **
         for reader in pipes:
             with os.fdopen(reader, "rb") as pipe:
                 payload = pipe.read()
-            silence = (False, f"died without a word (alarm after {timeout} s?)")
-            answers.append(pickle.loads(payload) if payload else silence)
-        for pid in pids:
-            os.waitpid(pid, 0)
+            answers.append(pickle.loads(payload) if payload else None)
+        ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    answers = [answer or (False, _last_word(end, timeout)) for answer, end in zip(answers, ends, strict=True)]
     failed = [f"rank {rank}:\n{answer}" for rank, (ok, answer) in enumerate(answers) if not ok]
     if failed:
         raise RuntimeError("\n".join(failed))

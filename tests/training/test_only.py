@@ -18,6 +18,7 @@ from tests.helpers.tolerances import RUN_LOSS, RUN_NORM
 VOCAB, FIRST, LAST = 96, 40, 72  # with 2 ranks the new rows begin on the first and end on the second
 STEPS = range(4)
 LATE = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
 
 
@@ -57,6 +58,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp 2, distributed optimizer": (2, {"ddp": {"use_distributed_optimizer": True}}),
     "dp 2, distributed optimizer, all overlapped": (2, {"ddp": LATE}),
     "pp 2": (2, {"pp": 2}),
+    "pp 4, nothing to train in the middle": (4, {"pp": 4, "ddp": LATE}),
+    "pp 2, interleaved": (2, {"pp": 2, "virtual_pp": 2, "model": INTERLEAVED}),
     "tp 2, dp 2, distributed optimizer": (4, {"tp": 2, "ddp": LATE}),
 }
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_sat.vocab import job
-from megatron_sat.vocab.job import REPORT, ModelSettings, extend_vocabulary, start_token
+from megatron_sat.vocab.job import ModelSettings, extend_vocabulary, start_token
+from megatron_sat.vocab.report import REPORT
 from tests.vocab.conftest import SHIPPED
 from tests.vocab.models import tiny_llama
 
