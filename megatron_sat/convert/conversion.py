@@ -37,7 +37,7 @@ from megatron_sat.checkpoint.hf_names import NAMES, Row
 from megatron_sat.checkpoint.resume import Checkpoint, open_checkpoint
 from megatron_sat.cli import as_yaml
 from megatron_sat.convert.opening import DTYPES, model_settings, one_rank, open_model
-from megatron_sat.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_sat.data.tokenizer import Tokenizer, build_tokenizer, tokenizer_of_folder
 
 MODEL_FILE = "model.yaml"
 BESIDE = "hf"
@@ -68,7 +68,7 @@ def import_model(
         settings = settings_of(config, padded_vocab_size=rows)
         _refuse_layout(settings, tp=tp)
         copy_beside(source, draft / BESIDE)
-        tokenizer = _tokenizer(draft / BESIDE)
+        tokenizer = tokenizer_of_folder(draft / BESIDE)
         settings |= _named(tokenizer, folder=save.resolve() / BESIDE)
         log.say(f"importing {hf}: {config['model_type']}, {config['vocab_size']} tokens in {rows} rows")
         import_weights(
@@ -156,7 +156,7 @@ def _reference(hf: Path, *, dtype: str) -> tuple[parity.Trace, list[int]]:
     """What Hugging Face's model computes on rank 0, told to all, and for which tokens; the model is gone afterwards."""
     config = read_config(hf)
     tokens = parity.sample(
-        _tokenizer(hf).encode, vocab_size=config["vocab_size"], longest=config["max_position_embeddings"]
+        tokenizer_of_folder(hf).encode, vocab_size=config["vocab_size"], longest=config["max_position_embeddings"]
     )
     told: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -225,14 +225,6 @@ def _unpacked(hf: Path) -> Iterator[Path]:
         log.say(f"dequantizing {hf.name} to fp32, the whole model in memory")
         unpack_gguf(hf, Path(folder))
         yield Path(folder)
-
-
-def _tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model's folder: its fast form, or a SentencePiece model where there is no other."""
-    sentencepiece = folder / "tokenizer.model"
-    if sentencepiece.is_file() and not (folder / "tokenizer.json").is_file():
-        return build_tokenizer("Llama2Tokenizer", model=str(sentencepiece))
-    return build_tokenizer("HuggingFaceTokenizer", model=str(folder))
 
 
 def _named(tokenizer: Tokenizer, *, folder: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,16 @@ def read_index(prefix: str) -> Index:
             value=f"{described} bytes described, {found} found",
         )
     return Index(dtype=dtype, lengths=lengths, documents=entries - 1)
+
+
+def documents(prefix: str, index: Index) -> Iterator[np.ndarray]:
+    """The ids of each document, one after another; sequences of one document are put together."""
+    before = _HEADER.size + 12 * len(index.lengths)
+    entries = np.memmap(idx_path(prefix), dtype="<i8", mode="r", offset=before)  # [documents + 1]
+    ends = np.concatenate(([0], np.cumsum(index.lengths, dtype=np.int64)))[entries]  # in tokens
+    ids = np.memmap(bin_path(prefix), dtype=index.dtype, mode="r", shape=(index.tokens,))
+    for begin, end in pairwise(ends):
+        yield ids[begin:end]
 
 
 def id_range(prefix: str, index: Index, *, blocks: int = 64, block_tokens: int = 65536) -> tuple[int, int]:

@@ -21,25 +21,26 @@ _READ = 1 << 17
 """Bytes read at a time; small, because a tight .zst may grow a thousandfold."""
 
 
-def find_inputs(patterns: Sequence[str]) -> list[Path]:
+def find_inputs(patterns: Sequence[str], *, said: str = "--input") -> list[Path]:
     """The files that paths and globs name: in the order given, those of a glob by name.
 
+    said: the flag that names them.
     Raises ValueError for a path that does not exist, a glob without a match, and a file named twice.
     """
     found: list[Path] = []
     for pattern in patterns:
         matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207  takes absolute ones
         if not matches:
-            raise ValueError(f"--input must name existing files, {pattern} matches none; check the path")
+            raise ValueError(f"{said} must name existing files, {pattern} matches none; check the path")
         found += [Path(match) for match in matches]
     if not found:
-        raise ValueError("--input must name at least one file, got none; add a .jsonl file")
+        raise ValueError(f"{said} must name at least one file, got none; add a .jsonl file")
     for path in found:
         if path.is_dir():
-            raise ValueError(f"--input must name files, {path} is a folder; write '{path}/*.jsonl'")
+            raise ValueError(f"{said} must name files, {path} is a folder; write '{path}/*.jsonl'")
         if found.count(path) > 1:
             raise ValueError(
-                f"--input must name a file once, {path} is named {found.count(path)} times; drop one"
+                f"{said} must name a file once, {path} is named {found.count(path)} times; drop one"
             )
     return found
 

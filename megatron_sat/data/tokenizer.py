@@ -90,6 +90,17 @@ def build_tokenizer(kind: str, *, model: str | None = None, vocab_size: int | No
     return KINDS[kind](model)
 
 
+def tokenizer_of_folder(folder: Path) -> Tokenizer:
+    """The tokenizer of a model's folder: its fast form, or a SentencePiece model where there is no other.
+
+    Raises ValueError for a folder without a tokenizer.
+    """
+    sentencepiece = folder / "tokenizer.model"
+    if sentencepiece.is_file() and not (folder / "tokenizer.json").is_file():
+        return build_tokenizer("Llama2Tokenizer", model=str(sentencepiece))
+    return build_tokenizer("HuggingFaceTokenizer", model=str(folder))
+
+
 def _sentencepiece(model: str) -> Tokenizer:
     try:
         serialized = Path(model).read_bytes()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_sat.data import index_file
-from megatron_sat.data.index_file import id_range, read_index, token_dtype, write_index
+from megatron_sat.data.index_file import documents, id_range, read_index, token_dtype, write_index
 
 U2 = token_dtype(1000)
 DOCUMENTS = [[5, 6, 7], [1], [9, 9, 9, 9], [2, 3]]
@@ -139,6 +139,22 @@ def test_any_damage_is_refused_or_harmless(tmp_path_factory, data):
     harmless = opened is not None and [opened[i].tolist() for i in range(len(opened))] == DOCUMENTS
     assert harmless or "x.idx is corrupt" in refusal
     shutil.rmtree(folder)
+
+
+def test_documents_are_read_one_by_one_and_empty_ones_too(tmp_path):
+    prefix = write(tmp_path / "x", [[1, 2], [], [3], []])
+    assert [ids.tolist() for ids in documents(prefix, read_index(prefix))] == [[1, 2], [], [3], []]
+
+
+def test_sequences_of_one_document_are_put_together(tmp_path):
+    builder = IndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=np.int32)
+    for sequences in ([[1, 2], [3]], [[4], [5, 6], [7]]):
+        for sequence in sequences:
+            builder.add_item(torch.tensor(sequence))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "x.idx"))
+    prefix = str(tmp_path / "x")
+    assert [ids.tolist() for ids in documents(prefix, read_index(prefix))] == [[1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_id_range_sees_every_id_of_a_small_file(tmp_path):

@@ -103,6 +103,8 @@ def test_inputs_that_cannot_be_meant_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             find_inputs(patterns)
+    with pytest.raises(ValueError, match="^--data must name existing files"):
+        find_inputs([f"{here}/*.gz"], said="--data")
 
 
 def test_compression_goes_by_the_name(tmp_path):

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_sat.data.tokenizer import NO_TOKEN, build_tokenizer
+from megatron_sat.data.tokenizer import NO_TOKEN, build_tokenizer, tokenizer_of_folder
 from tests.data.conftest import EXCERPT, TEXTS
 
 LINES = [text for text in TEXTS for _ in range(3)]
@@ -191,6 +191,14 @@ def test_a_folder_that_is_no_tokenizer_is_refused(tmp_path):
         build_tokenizer("HuggingFaceTokenizer", model=str(tmp_path))
     with pytest.raises(ValueError, match=r"must be a Hugging Face folder, .* is a file; give the folder"):
         build_tokenizer("HuggingFaceTokenizer", model=str(tmp_path / "tokenizer.json"))
+
+
+def test_a_models_folder_gives_its_fast_tokenizer_or_else_the_sentencepiece_model(folder, tmp_path):
+    shutil.copyfile(EXCERPT / "tokenizer.model", tmp_path / "tokenizer.model")
+    assert tokenizer_of_folder(tmp_path).kind == "sentencepiece"
+    shutil.copyfile(Path(folder) / "tokenizer.json", tmp_path / "tokenizer.json")
+    shutil.copyfile(Path(folder) / "tokenizer_config.json", tmp_path / "tokenizer_config.json")
+    assert tokenizer_of_folder(tmp_path).fingerprint == tokenizer_of_folder(Path(folder)).fingerprint
 
 
 def test_a_tokenizer_written_in_python_is_refused(tmp_path):
