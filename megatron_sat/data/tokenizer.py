@@ -8,15 +8,17 @@ files are read; nothing is unpickled.
 
 import difflib
 import hashlib
+import importlib.util
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at import
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_sat.log import warn_once
 
@@ -147,10 +149,15 @@ def _huggingface(model: str) -> Tokenizer:
         raise ValueError(
             f"tokenizer_model must be a Hugging Face folder, {model} is a file; give the folder it lies in"
         )
-    try:
-        loaded = AutoTokenizer.from_pretrained(
-            str(Path(model).resolve()), local_files_only=True, trust_remote_code=False
+    sentencepiece = Path(model) / "tokenizer.model"
+    if sentencepiece.is_file() and not (Path(model) / "tokenizer.json").is_file():
+        # transformers would make the fast form itself: for Mistral's models without the space before a text
+        raise ValueError(
+            f"tokenizer_model must hold a tokenizer.json, {model} holds a SentencePiece model alone; use "
+            f"--tokenizer-type Llama2Tokenizer --tokenizer-model {sentencepiece}"
         )
+    try:
+        loaded = _open(str(Path(model).resolve()))
     except Exception as error:
         # the library raises bare Exception, OSError, ValueError, KeyError: each is about this folder
         raise ValueError(
@@ -181,6 +188,19 @@ def _huggingface(model: str) -> Tokenizer:
         encode=lambda text: backend.encode(text, add_special_tokens=False).ids,
         decode=lambda ids: backend.decode(ids, skip_special_tokens=True),
     )
+
+
+def _open(folder: str) -> Any:
+    """What AutoTokenizer gives; for Mistral's models also where mistral-common lacks packages of its own."""
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        return AutoTokenizer.from_pretrained(folder, **local)
+    except ImportError:
+        # transformers 5 imports MistralCommonBackend for these models wherever mistral-common is installed, also where
+        # tiktoken, which that imports, is not (pip install --no-deps); without mistral-common it takes the class below
+        if importlib.util.find_spec("mistral_common") is None:
+            raise
+        return PreTrainedTokenizerFast.from_pretrained(folder, **local)
 
 
 def _huggingface_fingerprint(serialized: str, *, special: tuple[int, ...]) -> str:

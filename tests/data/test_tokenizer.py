@@ -201,6 +201,37 @@ def test_a_models_folder_gives_its_fast_tokenizer_or_else_the_sentencepiece_mode
     assert tokenizer_of_folder(tmp_path).fingerprint == tokenizer_of_folder(Path(folder)).fingerprint
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_mistral_folder_is_read_also_where_mistral_common_lacks_packages(folder, broken, monkeypatch):
+    """As transformers reads it where mistral-common is not installed."""
+    expected = build_tokenizer("HuggingFaceTokenizer", model=str(folder))
+    (folder / "config.json").write_text('{"model_type": "mistral"}')
+    if broken:
+
+        def without_tiktoken(*_, **__):
+            raise ModuleNotFoundError("No module named 'tiktoken'")
+
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", without_tiktoken)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "mistral_common" or None)
+    assert build_tokenizer("HuggingFaceTokenizer", model=str(folder)).fingerprint == expected.fingerprint
+
+
+def test_another_package_that_is_missing_is_named(folder, monkeypatch):
+    def without_jieba(*_, **__):
+        raise ModuleNotFoundError("No module named 'jieba'")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", without_jieba)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="cannot be read: No module named 'jieba'"):
+        build_tokenizer("HuggingFaceTokenizer", model=str(folder))
+
+
+def test_a_folder_with_a_sentencepiece_model_alone_is_refused(tmp_path):
+    shutil.copyfile(EXCERPT / "tokenizer.model", tmp_path / "tokenizer.model")
+    with pytest.raises(ValueError, match=r"holds a SentencePiece model alone; use --tokenizer-type Llama2Tokenizer"):
+        build_tokenizer("HuggingFaceTokenizer", model=str(tmp_path))
+
+
 def test_a_tokenizer_written_in_python_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
     with pytest.raises(ValueError, match=r"must hold a tokenizer.json, .* is a ByT5Tokenizer in Python"):
