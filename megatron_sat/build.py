@@ -18,9 +18,10 @@ from megatron_sat.data.blend import Datasets, build_datasets
 from megatron_sat.data.survey import epochs_per_domain
 from megatron_sat.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_sat.distributed import Layout, initialize_model_parallel
+from megatron_sat.engines import foreach
 from megatron_sat.engines.megatron import MegatronEngine
 from megatron_sat.engines.optim import describe_adam, make_optimizer_config
-from megatron_sat.layers import fused
+from megatron_sat.layers import compiled, fused, rope
 from megatron_sat.layers.attach import attach_selectors
 from megatron_sat.layers.available import in_use
 from megatron_sat.model.builder import build_chunks, embedding_of
@@ -56,6 +57,9 @@ def build_run(config: Config) -> Run:
     """
     faults.apply_all()
     fused.install()
+    rope.install()
+    compiled.install()
+    foreach.install()
     if config.transformer.get("deterministic_mode"):
         torch.use_deterministic_algorithms(True)  # megatron.core minds the mode in Transformer Engine alone
     parallel = config.parallel

@@ -15,6 +15,7 @@ from torch.nn import Module, Parameter
 
 from megatron_sat.sparsity.compact import Packing
 from megatron_sat.sparsity.neurons import Kept
+from megatron_sat.sparsity.noise import Noise
 from megatron_sat.sparsity.selector import Selector
 
 Entry = tuple[Parameter, int, Tensor]
@@ -53,6 +54,9 @@ class Controller:
         """interval: steps that a choice is kept, at least 1."""
         self.schedule, self.interval = schedule, interval
         self._modules = [(module, module.selector) for module in modules if module.selector is not None]
+        self._noise = Noise()
+        for selector in self.selectors:
+            selector.draw_with(self._noise)
 
     @property
     def selectors(self) -> list[Selector]:
@@ -68,6 +72,7 @@ class Controller:
         following = min(step + 1, self.schedule.last_step)
         rate, next_rate = self.schedule.rate(step), self.schedule.rate(following)
         draw, next_draw = self._draw(step), self._draw(following)
+        self._noise.following = next_draw if next_rate else None
         packing = None if micro_batches is None else Packing(uses=micro_batches)
         try:
             for selector in self.selectors:

@@ -31,23 +31,34 @@ def keep_count(total: int, rate: Fraction, *, multiple: int = 1) -> int:
     return max(math.floor(total * (1 - rate) / multiple), 1) * multiple
 
 
-def gumbel_noise(
-    total: int, *, seed: int, step: int, layer: int, kind: str, device: torch.device | None = None
-) -> Tensor:
-    """[total] fp32 standard Gumbel variates on ``device``, a function of the other arguments alone: alike on all ranks.
+def uniform_draw(total: int, *, seed: int, step: int, layer: int, kind: str) -> Tensor:
+    """[total] fp64 in (0, 1) on the CPU, a function of the arguments alone: alike on all ranks and machines.
 
-    Drawn on the CPU for the whole layer; a rank takes its slice, so a neuron's noise does not depend on TP. The two
-    logarithms are the device's own, in fp64, and so equal but for a last bit that the rounding to fp32 takes away.
+    Drawn for the whole layer; a rank takes its slice, so a neuron's number does not depend on TP.
     """
     # torch's CPU generator reads 32 bits of a seed and drops the others
     key = hashlib.blake2b(f"{seed}/{step}/{layer}/{kind}".encode(), digest_size=4).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
     uniform = torch.rand(total, generator=generator, dtype=torch.float64)
-    uniform.clamp_(min=torch.finfo(torch.float64).tiny)  # log(0), once in 2^53
+    return uniform.clamp_(min=torch.finfo(torch.float64).tiny)  # log(0), once in 2^53
+
+
+def gumbel(uniform: Tensor, *, device: torch.device | None = None) -> Tensor:
+    """Standard Gumbel variates, fp32 on ``device``, of uniform ones, fp64 on the CPU.
+
+    The two logarithms are the device's own, in fp64, and so equal but for a last bit that the rounding takes away.
+    """
     if device is not None and device.type == "cuda":
         # from pinned memory the copy waits for nothing; a CPU's logs, on 16 threads, took 4 ms a layer (H100 machine)
         uniform = uniform.pin_memory().to(device, non_blocking=True)
     return -torch.log(-torch.log(uniform)).float()
+
+
+def gumbel_noise(
+    total: int, *, seed: int, step: int, layer: int, kind: str, device: torch.device | None = None
+) -> Tensor:
+    """[total] fp32 standard Gumbel variates on ``device``: the noise of one module in one step."""
+    return gumbel(uniform_draw(total, seed=seed, step=step, layer=layer, kind=kind), device=device)
 
 
 def select(scores: Tensor, *, groups: int, keep: int, noise: Tensor | None, temperature: float) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 from megatron_sat.sparsity.compact import Packing
 from megatron_sat.sparsity.importance import METRICS, Needs
 from megatron_sat.sparsity.neurons import Kept, Neurons
-from megatron_sat.sparsity.selection import gumbel_noise, keep_count, select
+from megatron_sat.sparsity.noise import Noise, Part, Take
+from megatron_sat.sparsity.selection import keep_count, select
 
 Key = tuple[int, int]
 """What a choice was made for: the step its noise is drawn from, and how many units of the shard stay."""
@@ -128,6 +129,8 @@ class Selector:
         self.neurons, self.place, self.config = neurons, place, config
         self._metric = METRICS[config.importance]
         self._weights, self._add_ranks = weights, add_ranks
+        self._take_noise: Take
+        self.draw_with(Noise())
         self.packing: Packing | None = None
         self._wanted: Key | None = None
         self._choice: Kept | None = None
@@ -137,6 +140,16 @@ class Selector:
         self.count(Fraction(0))  # refuses what could not be kept at any rate, before the first step
         self.visits = torch.zeros(neurons.units, dtype=torch.int32)
         self.visited_steps = 0
+
+    def draw_with(self, noise: Noise) -> None:
+        """Take the noise from there, with others."""
+        place, units = self.place, self.neurons.units
+        first, total = place.shard * units, units * place.num_shards
+        self._take_noise = noise.join(
+            Part(
+                seed=self.config.seed, kind=place.kind, layer=place.layer, total=total, first=first, last=first + units
+            )
+        )
 
     # -- the step, driven by the controller
 
@@ -169,7 +182,8 @@ class Selector:
         """Note in ``visits`` what the step under way kept."""
         self.visits = self.visits.to(self._weights.column().device)
         if self.choice is not None:
-            self.visits[self.choice.index] += 1
+            index = self.choice.index
+            self.visits.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
         elif self.keeps_all:
             self.visits += 1
         self.visited_steps += 1
@@ -312,16 +326,7 @@ class Selector:
             scores,
             groups=self.place.groups,
             keep=count // self.place.groups,
-            noise=self._noise(draw, device=scores.device) if self.config.selection == "sampling" else None,
+            noise=self._take_noise(draw, scores.device) if self.config.selection == "sampling" else None,
             temperature=self.config.temperature,
         )
         self._choice, self._choice_key = Kept(index=index, units=self.neurons.units), self._wanted
-
-    def _noise(self, draw: int, *, device: torch.device) -> Tensor:
-        """[units] of this shard, cut from the whole layer's."""
-        place, units = self.place, self.neurons.units
-        total = units * place.num_shards
-        noise = gumbel_noise(
-            total, seed=self.config.seed, step=draw, layer=place.layer, kind=place.kind, device=device
-        )
-        return noise[place.shard * units : (place.shard + 1) * units]

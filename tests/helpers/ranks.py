@@ -1,6 +1,7 @@
 """Several gloo ranks in a test: forked from the process that has imported everything (1 s, not 15)."""
 
 import contextlib
+import faulthandler
 import io
 import multiprocessing.util
 import os
@@ -17,6 +18,8 @@ import torch.distributed as dist
 
 
 def _child(rank: int, size: int, store: str, timeout: int, out: int, call: Callable[[], Any]) -> None:
+    stacks = Path(f"{store}.stacks{rank}").open("w")  # noqa: SIM115  open until the rank ends
+    faulthandler.dump_traceback_later(timeout - 1, file=stacks)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout's handler never runs in a rank that hangs in C
@@ -68,8 +71,10 @@ def run_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout: int = 120, **
                 payload = pipe.read()
             answers.append(pickle.loads(payload) if payload else None)
         ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        stacks = [Path(f"{store}.stacks{rank}") for rank in range(n)]
+        hung = [path.read_text() if path.exists() else "" for path in stacks]
     answers = [answer or (False, _last_word(end, timeout)) for answer, end in zip(answers, ends, strict=True)]
-    failed = [f"rank {rank}:\n{answer}" for rank, (ok, answer) in enumerate(answers) if not ok]
+    failed = [f"rank {rank}:\n{answer}\n{hung[rank]}" for rank, (ok, answer) in enumerate(answers) if not ok]
     if failed:
         raise RuntimeError("\n".join(failed))
     return [answer for _, answer in answers]
