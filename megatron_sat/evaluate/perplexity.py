@@ -1,9 +1,9 @@
 """What text costs a model: nats of every scored token, summed. For Megatron's models in any layout, and transformers'.
 
-The softmax runs over the tokenizer's ids. Rows of the embedding beyond them are padding, of Megatron's or of the
-model's own, and no text has them: they are left out, in both kinds of model alike. Logits stay where they are: each TP
-rank reduces its part of the vocabulary to two numbers a token, and only these travel. Legend: `b` windows, `s` tokens,
-`v` rows, `p` TP size.
+The softmax runs over the ids that text can have. Rows of the embedding beyond them are padding, of Megatron's or of
+the model's own: they are left out, in both kinds of model alike. Logits stay where they are: each TP rank reduces its
+part of the vocabulary to two numbers a token, and only these travel. Legend: `b` windows, `s` tokens, `v` rows, `p` TP
+size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ _ELEMENTS = 1 << 26
 def megatron_scorer(chunks: Sequence[nn.Module], *, layout: Layout, vocab_size: int) -> Scorer:
     """Scores with our model, dense and in evaluation mode; collective among the ranks of one replica.
 
-    chunks: of this rank; no interleaving, no context parallelism. vocab_size: ids of the tokenizer.
+    chunks: of this rank; no interleaving, no context parallelism. vocab_size: ids that text can have.
     """
     device = next(chunks[0].parameters()).device
 
@@ -63,7 +63,7 @@ def megatron_scorer(chunks: Sequence[nn.Module], *, layout: Layout, vocab_size: 
 
 
 def hugging_face_scorer(model: nn.Module, *, vocab_size: int) -> Scorer:
-    """Scores with one of transformers' causal models in evaluation mode. vocab_size: ids of the tokenizer."""
+    """Scores with one of transformers' causal models in evaluation mode. vocab_size: ids that text can have."""
     device = next(model.parameters()).device
 
     @torch.no_grad()

@@ -1,0 +1,1 @@
+"""A model and texts to a result: composes evaluate/ with the rooms that open models and read text."""
