@@ -67,7 +67,7 @@ def evaluate(
     opened = subject.open(dtype, seq_length)
     log.say(
         f"{name}: {len(texts)} domains, windows of {seq_length} tokens, stride {stride}, {dtype}, each document behind "
-        f"token {subject.start}, on {opened.parts} replicas"
+        f"token {subject.start}; replicas: {opened.parts}"
     )
     domains = {}
     for domain, found in texts.items():

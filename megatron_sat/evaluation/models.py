@@ -99,6 +99,9 @@ def hugging_face_model(hf: Path) -> Subject:
     Raises ValueError for a folder without a model or without its tokenizer.
     """
     config = read_config(hf)
+    for field in ("vocab_size", "max_position_embeddings"):
+        if config.get(field) is None:
+            raise ValueError(f"{hf / CONFIG} must have {field}, it has not; evaluate a model of text that has it")
     tokenizer = tokenizer_of_folder(hf)
     vocab_size = _shared(tokenizer, rows=config["vocab_size"], folder=hf)
 

@@ -86,7 +86,7 @@ def read_texts(
     found = {}
     for name, paths in data.items():
         found[name] = _read_domain(name, paths, tokenizer=tokenizer, key=key, limits=limits)
-        if not found[name].documents:
+        if not found[name].characters:
             raise ValueError(
                 f"{FLAG}: a domain must have a document with text, {name} has none in {', '.join(paths)}; leave it out"
             )

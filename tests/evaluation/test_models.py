@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from megatron_sat.checkpoint.resume import open_checkpoint
 from megatron_sat.convert.conversion import import_model
@@ -146,6 +146,14 @@ def test_a_model_without_a_tokenizer_is_refused(padded, tmp_path):
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(padded / "exact" / name, tmp_path / name)
     with pytest.raises(ValueError, match="tokenizer_model must be a Hugging Face tokenizer"):
+        hugging_face_model(tmp_path)
+
+
+def test_a_configuration_without_positions_is_refused(tmp_path):
+    GPT2Config(n_layer=1, n_head=1, n_embd=4).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"config\.json must have max_position_embeddings, it has not; evaluate a model"
+    ):
         hugging_face_model(tmp_path)
 
 

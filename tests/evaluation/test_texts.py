@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,14 @@ def test_a_domain_without_text_is_named(tmp_path):
     path = write(tmp_path / "a.jsonl", ["", ""])
     with pytest.raises(ValueError, match=r"must have a document with text, zh/poetry has none in .*a\.jsonl; leave it"):
         read(path, tokenizer=NUMBERS)
+
+
+def test_a_domain_of_nothing_but_tokens_without_text_is_named(tmp_path):
+    silent = replace(NUMBERS, decode=lambda ids: "")
+    prefix = make(write(tmp_path / "a.jsonl", ["1"]), tmp_path / "a", tokenizer=silent)
+    side_path(prefix).unlink()
+    with pytest.raises(ValueError, match="must have a document with text, zh/poetry has none"):
+        read(prefix, tokenizer=silent)
 
 
 def test_a_missing_file_is_named_with_its_domain(tmp_path):
