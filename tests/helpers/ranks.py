@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 def _child(rank: int, size: int, store: str, timeout: int, out: int, call: Callable[[], Any]) -> None:
     stacks = Path(f"{store}.stacks{rank}").open("w")  # noqa: SIM115  open until the rank ends
+    faulthandler.enable(file=stacks)
     faulthandler.dump_traceback_later(timeout - 1, file=stacks)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
