@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sat.convert.conversion import import_model
+from megatron_sat.convert.conversion import export_model, import_model
 from megatron_sat.evaluate.result import Result
 from megatron_sat.evaluation import job, tasks
 from tests.checkpoint.families import write_model
+from tests.helpers.program import prepare_text, start
 from tests.helpers.ranks import run_ranks
 from tools import evaluate
 
@@ -62,6 +63,38 @@ def test_a_model_and_its_import_stand_beside_each_other(model, tmp_path):
     assert ours.average.loss == pytest.approx(theirs.average.loss, abs=1e-5)
     heads = (tmp_path / "new" / "table.md").read_text().splitlines()[0]
     assert heads.startswith("| domain | characters | bits per character, theirs | bits per character, save |")
+
+
+TRAINING = """
+--micro-batch-size 2 --global-batch-size 4 --train-iters 2 --lr 1e-3 --lr-decay-style constant --log-interval 1
+--seq-length 32 --num-workers 0 --finetune --save-interval 2 --tensor-model-parallel-size 2
+--sat-schedule constant --sat-omission-rate 0.5
+"""
+
+
+def test_the_checkpoint_of_a_sparse_run_is_evaluated_dense_as_its_export_is(tmp_path):
+    write_model("mistral", tmp_path / "hf")
+    run_ranks(_import, 1, tmp_path)
+    text = prepare_text(tmp_path)
+    command = ["--config", str(tmp_path / "save" / "model.yaml"), "--load", str(tmp_path / "save"), *TRAINING.split()]
+    command += ["--train-data-path", text.prefix("zh/religion"), "--data-cache-path", str(tmp_path / "cache")]
+    ended = start([*command, "--save", str(tmp_path / "run")], ranks=2)
+    assert ended.codes == [0, 0], ended.err
+    run_ranks(_export, 1, tmp_path)
+
+    data = ("--data", f"zh/poetry={text.prefix('zh/poetry')}", "--seq-length", 64)
+    for kind, folder, ranks in (("--load", "run", 2), ("--hf", "out", 1), ("--load", "save", 1)):
+        layout = ("--pipeline-model-parallel-size", 2) if ranks == 2 else ()
+        code, _, err = tool(kind, tmp_path / folder, *data, *layout, "--output", tmp_path / f"of-{folder}", ranks=ranks)
+        assert code == 0, err
+    run, out, before = (Result.load(tmp_path / f"of-{name}" / "result.json") for name in ("run", "out", "save"))
+    assert (run.step, before.step) == (2, 0)
+    assert run.average.loss == pytest.approx(out.average.loss, abs=1e-5)
+    assert run.average.loss < before.average.loss - 1e-3
+
+
+def _export(_: int, folder: Path) -> None:
+    export_model(folder / "run", folder / "out", gate=None)
 
 
 def test_a_table_alone_needs_no_folder(model):
