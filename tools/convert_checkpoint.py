@@ -4,6 +4,7 @@
     convert_checkpoint.py import --hf DIR --save DIR [--tensor-model-parallel-size N]
     convert_checkpoint.py export --load DIR --hf DIR [--ckpt-step N] [--like DIR]
     torchrun --nproc-per-node 4 convert_checkpoint.py verify --load DIR --hf DIR
+    convert_checkpoint.py unpack --gguf FILE --hf DIR
 
 docs/convert.md says what is written where, which models are known, and what the gate compares.
 """
@@ -23,6 +24,8 @@ cpu.install()  # before anything of megatron is imported; nothing with a GPU
 import torch
 
 from megatron_sat import distributed
+from megatron_sat.checkpoint.hf_files import whole_folder
+from megatron_sat.checkpoint.hf_model import unpack_gguf
 from megatron_sat.convert.conversion import export_model, import_model, verify_model
 from megatron_sat.convert.opening import DTYPES
 
@@ -74,10 +77,16 @@ def _verify(args: argparse.Namespace) -> None:
     verify_model(args.load, args.hf, dtypes=args.gate.split(","), step=args.ckpt_step)
 
 
+def _unpack(args: argparse.Namespace) -> None:
+    with whole_folder(args.hf, said="--hf") as draft:
+        unpack_gguf(args.gguf, draft)
+    log.say(f"unpacked {args.gguf} to {args.hf}, in fp32")
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    kinds = parser.add_subparsers(required=True, metavar="{import,export,verify}")
+    kinds = parser.add_subparsers(required=True, metavar="{import,export,verify,unpack}")
 
     one = kinds.add_parser("import", help="Hugging Face to Megatron", allow_abbrev=False)
     one.add_argument("--hf", type=Path, required=True, help="the model's folder (safetensors), or a GGUF file")
@@ -100,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     same.add_argument("--ckpt-step", type=int, help="which checkpoint; without it the newest")
     same.add_argument("--gate", default="fp32", help="precisions to compare in, such as fp32,bf16")
     same.set_defaults(work=_verify)
+
+    loose = kinds.add_parser("unpack", help="a GGUF file to a Hugging Face folder, in fp32", allow_abbrev=False)
+    loose.add_argument("--gguf", type=Path, required=True, help="the file")
+    loose.add_argument("--hf", type=Path, required=True, help="a new folder")
+    loose.set_defaults(work=_unpack)
 
     for command in (one, back):
         command.add_argument("--dtype", choices=sorted(DTYPES), help="convert the weights; without it they stay")

@@ -34,22 +34,26 @@ def _coloured(comparison: Comparison) -> list[tuple[Run, str]]:
 
 
 def _draw_losses(axes: Axes, comparison: Comparison, *, domain: str) -> None:
-    """Every curve begins where the start ended, out of the frame if that is far; a dot marks its end."""
-    before = comparison.start.final_loss[domain]
+    """Every curve begins where the start ended, out of the frame if that is far; a dot marks its end.
+
+    Without a start it begins at the run's first evaluation.
+    """
+    before = None if comparison.start is None else comparison.start.final_loss[domain]
     axes.set_ylim(*_frame([p.loss[domain] for run in comparison.runs for p in run.validations], before=before))
     for run, colour in _coloured(comparison):
         points = [(point.elapsed_seconds, point.loss[domain]) for point in run.validations if point.step > 0]
-        times, losses = zip((0.0, before), *points, strict=True)
+        beginning = [] if before is None else [(0.0, before)]
+        times, losses = zip(*beginning, *points, strict=True)
         axes.plot(times, losses, color=colour, linewidth=1.6, label=run.name)
         axes.plot(times[-1:], losses[-1:], color=colour, marker="o", markersize=5)
     axes.set_title(domain)
     axes.grid(alpha=0.25)
 
 
-def _frame(losses: list[float], *, before: float) -> tuple[float, float]:
+def _frame(losses: list[float], *, before: float | None) -> tuple[float, float]:
     """Lowest and highest loss to show: all of them, and ``before`` where it does not double their range."""
     low, high = min(losses), max(losses)
-    if max(high, before) - min(low, before) <= 2 * (high - low):
+    if before is not None and max(high, before) - min(low, before) <= 2 * (high - low):
         low, high = min(low, before), max(high, before)
     margin = 0.08 * (high - low)
     return low - margin, high + margin

@@ -1,4 +1,4 @@
-"""What a comparison says: rows of a table, sentences, and a Markdown page of both.
+"""What a comparison says: rows of a table, and sentences. `page` makes a page of them.
 
 Every candidate stands beside two dense runs from the same start: the reference, which did as many steps, and
 its own control, which had as much training time. The control decides whether the time was well spent, so it
@@ -30,14 +30,14 @@ class Challenge:
 class Comparison:
     """Runs from one start on one machine."""
 
-    start: Run
-    """What all the others continue."""
     reference: Run
     """The dense run over all steps."""
     challenges: tuple[Challenge, ...]
     """At least one."""
     domains: tuple[str, ...]
     """Validation sets, the one that the runs learn first; at least one, in every run."""
+    start: Run | None = None
+    """What all the others continue; None where no run of ours made it, or its losses are of another tokenizer."""
     tokens_per_character: Mapping[str, float] = field(default_factory=dict)
     """By domain; where given, losses are also said in bits a character, whatever the tokenizer."""
 
@@ -46,7 +46,7 @@ class Comparison:
             raise ValueError("a comparison must have a challenge, got none; add a candidate and its control")
         if not self.domains:
             raise ValueError("a comparison must have a domain, got none; name a validation set")
-        for run in (self.start, *self.runs):
+        for run in (*([] if self.start is None else [self.start]), *self.runs):
             if missing := set(self.domains) - set(run.final_loss):
                 raise ValueError(
                     f"the run {run.name!r} must be validated on {', '.join(sorted(missing))}, it has "
@@ -68,10 +68,13 @@ def columns(comparison: Comparison) -> list[str]:
 
 
 def rows(comparison: Comparison) -> list[list[str]]:
-    """The table's cells: the start's losses, then every run."""
+    """The table's cells: the start's losses, if it has any, then every run."""
+    found = [_row(run, comparison) for run in comparison.runs]
+    if comparison.start is None:
+        return found
     start = _loss_cells(comparison.start, comparison)
     empty = [""] * (len(columns(comparison)) - 1 - len(start))
-    return [[comparison.start.name, *start, *empty], *(_row(run, comparison) for run in comparison.runs)]
+    return [[comparison.start.name, *start, *empty], *found]
 
 
 def _row(run: Run, comparison: Comparison) -> list[str]:
@@ -138,17 +141,21 @@ def _same_steps(candidate: Run, *, comparison: Comparison) -> str:
 
 def _same_time(challenge: Challenge, *, domains: Sequence[str]) -> str:
     candidate, control = challenge.candidate, challenge.control
-    off = control.seconds / candidate.seconds - 1
-    head = "At equal training time"
-    if abs(off) > TIME_TOLERANCE:
-        head = (
-            f"At unequal training time (the control took {_change(1 + off, 'less', 'more')}: the machine "
-            "changed its pace, run again when it is quiet)"
-        )
     return (
-        f"{head}, {candidate.seconds:.1f} s of {candidate.name} for {candidate.steps:,} steps and "
+        f"{time_said(challenge)}, {candidate.seconds:.1f} s of {candidate.name} for {candidate.steps:,} steps and "
         f"{control.seconds:.1f} s of {control.name} for {control.steps:,}: "
         + _standings(candidate, control, domains=domains)
+    )
+
+
+def time_said(challenge: Challenge) -> str:
+    """Whether the control had the candidate's time, as a sentence begins."""
+    off = challenge.control.seconds / challenge.candidate.seconds - 1
+    if abs(off) <= TIME_TOLERANCE:
+        return "At equal training time"
+    return (
+        f"At unequal training time (the control took {_change(1 + off, 'less', 'more')}: the machine "
+        "changed its pace, run again when it is quiet)"
     )
 
 
@@ -171,32 +178,9 @@ def _standing(candidate: Run, other: Run, *, domain: str) -> str:
     )
 
 
-def markdown(comparison: Comparison, *, title: str, notes: Sequence[str], picture: str) -> str:
-    """The page: title, verdicts, table, picture (a path from where the page lies), notes."""
-    heads = columns(comparison)
-    lines = [
-        f"# {title}",
-        "",
-        *(f"- {sentence}" for sentence in verdicts(comparison)),
-        "",
-        f"![Validation loss and omission rate over training time]({picture})",
-        "",
-        _line(heads),
-        _line(["---", *["---:"] * (len(heads) - 1)]),
-        *(_line(row) for row in rows(comparison)),
-        "",
-        *(f"- {note}" for note in (*NOTES, *notes)),
-    ]
-    return "\n".join(lines) + "\n"
-
-
 NOTES = (
     "Losses are those of the dense model on held-out text, in nats a token; lower is better.",
     "Seconds are training alone, by each run's own record, without evaluations, checkpoints and start-up.",
     "Executed operations are those of the neurons that took part, forward and backward, and of choosing them.",
     "One seed a run: the table has no error bars, and small differences may be chance.",
 )
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

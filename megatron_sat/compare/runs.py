@@ -7,6 +7,7 @@ alone, evaluations and checkpoints left out: they cost a dense and a sparse run 
 
 import itertools
 import json
+import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -81,6 +82,12 @@ class Run:
         return self.windows[-1].elapsed_seconds
 
     @property
+    def median_step_seconds(self) -> float:
+        """Of a step, of the median window: what the first steps cost more does not count."""
+        ends = [(0, 0.0), *((window.step, window.elapsed_seconds) for window in self.windows)]
+        return statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(ends))
+
+    @property
     def executed_flops(self) -> float:
         """Operations of all of them."""
         return self.windows[-1].executed_flops
@@ -89,6 +96,11 @@ class Run:
     def tokens_per_second(self) -> float:
         """Over the whole run."""
         return self.windows[-1].consumed_tokens / self.seconds
+
+    @property
+    def step_seconds(self) -> float:
+        """Of the mean step."""
+        return self.seconds / self.steps
 
     @property
     def final_loss(self) -> Mapping[str, float]:

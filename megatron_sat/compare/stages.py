@@ -1,21 +1,39 @@
 """Work in stages that survives interruption: a command, the folder it fills, and a marker written last.
 
 A stage whose marker stands is not run again, unless its command, a file that it reads, what it is made with, or a
-stage before it changed. One that was interrupted begins anew. What a command says goes into ``log.txt`` of its folder.
+stage before it changed. One that was interrupted begins anew, or goes on where its command can. What a command says
+goes into ``log.txt`` of its folder. Stages that need each other's results are run one after the other; others may
+run at once.
 """
 
 import hashlib
 import json
+import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from megatron_sat.log import say
 
 MARKER = "done.json"
+BEGUN = "begun.json"
 LOG = "log.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumption:
+    """How an interrupted stage goes on."""
+
+    command: tuple[str, ...]
+    """Program and arguments, instead of the stage's own."""
+    needs: Path
+    """What an interrupted command must have left for that; without it the stage begins anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +52,17 @@ class Stage:
     """Whatever else decides the result, such as the versions of libraries."""
     after: tuple["Stage", ...] = ()
     """Stages whose results it uses."""
+    resumption: Resumption | None = None
+    """None: an interrupted one begins anew."""
+    threads: int = 1
+    """OMP_NUM_THREADS of the command and all that it starts."""
 
     @property
     def key(self) -> str:
         """Hex digest of all that the result depends on."""
         digest = hashlib.sha256(json.dumps([*self.command, self.made_with]).encode())
         for path in self.reads:
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            digest.update(_content_digest(path))
         for stage in self.after:
             digest.update(stage.key.encode())
         return digest.hexdigest()
@@ -48,60 +70,163 @@ class Stage:
     @property
     def is_done(self) -> bool:
         """Whether its folder holds the result of just this command on just these inputs."""
-        marker = self.folder / MARKER
-        return marker.is_file() and json.loads(marker.read_text())["key"] == self.key
+        return _key_in(self.folder / MARKER) == self.key
+
+    @property
+    def seconds(self) -> float:
+        """How long the command took that made the result; the stage is done."""
+        return float(json.loads((self.folder / MARKER).read_text())["seconds"])
 
 
-def run_stage(
-    stage: Stage, *, environment: Mapping[str, str], shown: Callable[[str], bool], working_folder: Path
-) -> bool:
-    """Run the stage unless it is done; returns whether it ran.
+class Running:
+    """The commands at work, so that whoever gives up can end them."""
 
-    environment: of the command, whole. shown: which of its lines are said as they come. Raises RuntimeError
-    with the end of the log when the command fails, and ValueError where the folder holds something that no
-    stage left; the command is ended when this process is interrupted.
-    """
-    if stage.is_done:
-        say(f"{stage.name}: done before, kept ({stage.folder})")
-        return False
-    say(f"{stage.name}: {' '.join(stage.command)}")
-    _empty(stage.folder)
-    key = stage.key
-    code = _run(stage, environment=environment, shown=shown, working_folder=working_folder)
-    if code != 0:
-        raise RuntimeError(
-            f"the stage {stage.name!r} must end with 0, it ended with {code}; all that it said is in "
-            f"{stage.folder / LOG}, which ends:\n{_tail(stage.folder / LOG)}"
-        )
-    fresh = stage.folder / (MARKER + ".new")
-    fresh.write_text(json.dumps({"key": key, "command": stage.command}, indent=1) + "\n")
-    fresh.replace(stage.folder / MARKER)
-    return True
+    def __init__(self) -> None:
+        self._lock, self._processes, self._stopped = threading.Lock(), set[subprocess.Popen[str]](), False
+
+    def begin(self, command: Sequence[str], *, environment: Mapping[str, str], folder: Path) -> subprocess.Popen[str]:
+        """Start a command in ``folder``; what it says, errors too, is to be read from it."""
+        with self._lock:
+            if self._stopped:
+                raise RuntimeError("a stage may not begin when others are being ended; start again")
+            process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=dict(environment),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
+            self._processes.add(process)
+            return process
+
+    def end(self, process: subprocess.Popen[str]) -> None:
+        """Make sure that it is over."""
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+        with self._lock:
+            self._processes.discard(process)
+
+    def stop(self) -> None:
+        """End all, and let none begin."""
+        with self._lock:
+            self._stopped = True
+            processes = tuple(self._processes)
+        for process in processes:
+            process.terminate()
 
 
-def _run(stage: Stage, *, environment: Mapping[str, str], shown: Callable[[str], bool], working_folder: Path) -> int:
-    with (stage.folder / LOG).open("w") as log:
-        process = subprocess.Popen(
-            stage.command,
-            cwd=working_folder,
-            env=dict(environment),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        assert process.stdout is not None
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """Runs stages, all in the same way."""
+
+    environment: Mapping[str, str]
+    """Of the commands, whole but for the number of threads."""
+    shown: Callable[[str], bool]
+    """Which of a command's lines are said as they come."""
+    working_folder: Path
+    """Where commands run."""
+    jobs: int = 1
+    """Stages at once, where `run_all` is asked for several."""
+    running: Running = field(default_factory=Running)
+
+    def run(self, stage: Stage) -> bool:
+        """Run the stage unless it is done; returns whether it ran.
+
+        Raises RuntimeError with the end of the log when the command fails, and ValueError where the folder holds
+        something that no stage left; the command is ended when this process is interrupted.
+        """
+        if stage.is_done:
+            say(f"{stage.name}: done before, kept ({stage.folder})")
+            return False
+        key = stage.key
+        resumption = stage.resumption
+        resumed = resumption is not None and _key_in(stage.folder / BEGUN) == key and resumption.needs.exists()
+        command = resumption.command if resumption is not None and resumed else stage.command
+        say(f"{stage.name}: {'going on: ' if resumed else ''}{shlex.join(command)}")
+        before = json.loads((stage.folder / BEGUN).read_text())["seconds"] if resumed else 0.0
+        if not resumed:
+            _empty(stage.folder)
+            (stage.folder / LOG).touch()
+            _write(stage.folder / BEGUN, {"key": key, "seconds": 0.0})
+        began = time.monotonic()
+        code = None
         try:
-            for line in process.stdout:
-                log.write(line)
-                log.flush()
-                if shown(line):
-                    say("  " + line.rstrip())
-            return process.wait()
-        finally:  # an interrupted demo leaves no ranks behind
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+            code = self._run(command, stage=stage)
+        finally:
+            seconds = round(before + time.monotonic() - began, 3)
+            _write(stage.folder / BEGUN, {"key": key, "seconds": seconds})
+        if code != 0:
+            raise RuntimeError(
+                f"the stage {stage.name!r} must end with 0, it ended with {code}; all that it said is in "
+                f"{stage.folder / LOG}, which ends:\n{_tail(stage.folder / LOG)}"
+            )
+        _write(stage.folder / MARKER, {"key": key, "command": stage.command, "seconds": seconds})
+        return True
+
+    def run_all(self, stages: Sequence[Stage]) -> None:
+        """Run stages, ``jobs`` at once, each when those of them that it is after are done.
+
+        The first error ends the others. Raises what `run` raises.
+        """
+        if self.jobs == 1:
+            for stage in stages:
+                self.run(stage)
+            return
+        waiting, working, done = list(stages), dict[Future[bool], Stage](), set[Stage]()
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                while waiting or working:
+                    for stage in [s for s in waiting if done.issuperset(set(s.after) & set(stages))]:
+                        waiting.remove(stage)
+                        working[pool.submit(self.run, stage)] = stage
+                    for finished in wait(working, return_when=FIRST_COMPLETED).done:
+                        finished.result()
+                        done.add(working.pop(finished))
+            except BaseException:
+                self.running.stop()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _run(self, command: Sequence[str], *, stage: Stage) -> int:
+        with (stage.folder / LOG).open("a") as log:
+            environment = {**self.environment, "OMP_NUM_THREADS": str(stage.threads)}
+            process = self.running.begin(command, environment=environment, folder=self.working_folder)
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    log.write(line)
+                    log.flush()
+                    if self.shown(line):
+                        say("  " + line.rstrip())
+                return process.wait()
+            finally:  # whoever interrupts this leaves no ranks behind
+                self.running.end(process)
+
+
+def _write(path: Path, content: Mapping[str, object]) -> None:
+    """A JSON file, whole or not at all."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(json.dumps(content, indent=1) + "\n")
+    fresh.replace(path)
+
+
+def _key_in(path: Path) -> str | None:
+    return json.loads(path.read_text())["key"] if path.is_file() else None
+
+
+def _content_digest(path: Path) -> bytes:
+    """sha256 of a file, computed again only when it changed: keys of later stages ask for it many times."""
+    state = path.stat()
+    return _digest(path, size=state.st_size, changed=state.st_mtime_ns)
+
+
+@cache
+def _digest(path: Path, *, size: int, changed: int) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _empty(folder: Path) -> None:

@@ -247,7 +247,9 @@ def _write_beside(
         if like is not None or saved.get("tokenizer_model") is None:
             raise ValueError(f"--like must be a model's folder with {CONFIG}, {like} is not; name another")
         tokenizer = build_tokenizer(saved["tokenizer_type"], model=saved["tokenizer_model"])
-        write_config(draft, config=config_of(settings, vocab_size=tokenizer.vocab_size))
+        ends = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eod}
+        known = {name: token if token >= 0 else None for name, token in ends.items()}
+        write_config(draft, config=config_of(settings, vocab_size=tokenizer.vocab_size) | known)
     config = read_config(draft)
     if wrong := differences(config, settings=settings):
         lines = "".join(f"\n  {line}" for line in wrong)

@@ -1,5 +1,6 @@
 """The picture: which lines it has, read back from matplotlib's own objects."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ def test_each_domain_has_a_curve_of_every_run_from_the_start_to_its_final_loss(f
     assert figure.axes[1].get_title() == "en"
 
 
+def test_without_a_start_a_curve_begins_with_the_first_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    draw_curves(replace(comparison(tmp_path), start=None), tmp_path / "curves.png")
+    (dense, *_), _ = figures[0].axes[0].get_legend_handles_labels()
+    assert _points(dense)[0] == (5.0, pytest.approx(8.6))  # type: ignore[arg-type]
+
+
 def test_the_lower_panel_steps_down_with_the_omission_rate(figure: Figure) -> None:
     nominal, attention, mlp = _of(figure.axes[2], COLOURS[1])
     assert [line.get_linestyle() for line in (nominal, attention, mlp)] == ["-", ":", "--"]
@@ -65,8 +76,10 @@ def test_dense_runs_have_a_nominal_rate_of_zero_and_nothing_else(figure: Figure)
     assert {rate for _, rate in _points(dense)} == {0.0}
 
 
-@pytest.mark.parametrize(("before", "low", "high"), [(40.0, 5.0, 6.0), (4.5, 4.5, 6.0), (6.9, 5.0, 6.9)])
-def test_the_frame_holds_all_losses_and_a_start_that_is_not_far(before: float, low: float, high: float) -> None:
+@pytest.mark.parametrize(
+    ("before", "low", "high"), [(40.0, 5.0, 6.0), (4.5, 4.5, 6.0), (6.9, 5.0, 6.9), (None, 5.0, 6.0)]
+)
+def test_the_frame_holds_all_losses_and_a_start_that_is_not_far(before: float | None, low: float, high: float) -> None:
     bottom, top = curves._frame([6.0, 5.0, 5.5], before=before)
     assert low - 0.2 < bottom < low
     assert high < top < high + 0.2

@@ -55,6 +55,15 @@ def test_steps_that_fit_follow_the_runs_own_records_between_them_and_beyond(tmp_
     assert fitting == [1, 5, 10, 15, 19, 20, 40]
 
 
+def test_the_median_step_does_not_count_a_slow_beginning(tmp_path: Path) -> None:
+    slow = entries(steps=50, pace=0.2)
+    for line in slow:
+        line["elapsed_seconds"] += 30.0  # the first window took 32 s
+    read = read_run(write(tmp_path, slow), name="slow")
+    assert read.step_seconds == pytest.approx(0.8)
+    assert read.median_step_seconds == pytest.approx(0.2)
+
+
 def test_steps_that_fit_are_at_least_those_that_a_brute_count_finds(tmp_path: Path) -> None:
     even = run(tmp_path, "even", pace=0.3)
     for tenths in range(3, 600, 7):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sat.compare.stages import LOG, MARKER, Stage, run_stage
+from megatron_sat.compare.stages import BEGUN, LOG, MARKER, Resumption, Runner, Running, Stage
 
 COUNT = "import sys; open(sys.argv[1], 'a').write('ran\\n'); print('step 1'); print('noise')"
 ROOT = Path(__file__).parents[2]
@@ -25,8 +25,12 @@ def count(tmp_path: Path) -> Stage:
     return Stage(name="count", folder=tmp_path / "stage", command=command)
 
 
+def _runner(folder: Path, *, shown: Callable[[str], bool] = lambda line: False, jobs: int = 1) -> Runner:
+    return Runner(environment=os.environ, shown=shown, working_folder=folder, jobs=jobs)
+
+
 def _run(stage: Stage, *, shown: Callable[[str], bool] = lambda line: False) -> bool:
-    return run_stage(stage, environment=os.environ, shown=shown, working_folder=stage.folder.parent)
+    return _runner(stage.folder.parent, shown=shown).run(stage)
 
 
 def _times(tmp_path: Path) -> int:
@@ -106,15 +110,17 @@ def test_the_marker_says_which_command_made_the_folder(count: Stage) -> None:
     assert json.loads((count.folder / MARKER).read_text())["command"] == list(count.command)
 
 
-def test_an_interrupted_stage_ends_its_command_and_stays_undone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interrupted_stage_ends_its_command_and_stays_undone(jobs: int, tmp_path: Path) -> None:
     """Ctrl-C reaches this process alone here, as it does under a supervisor."""
     stage = f"""
 import os, pathlib, sys
-from megatron_sat.compare.stages import Stage, run_stage
+from megatron_sat.compare.stages import Runner, Stage
 child = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(60)"
 here = pathlib.Path({str(tmp_path)!r})
 stage = Stage(name="long", folder=here / "stage", command=(sys.executable, "-c", child))
-run_stage(stage, environment=os.environ, shown=lambda line: True, working_folder=here)
+runner = Runner(environment=os.environ, shown=lambda line: True, working_folder=here, jobs={jobs})
+runner.run_all([stage])
 """
     parent = subprocess.Popen([sys.executable, "-c", stage], cwd=ROOT, stderr=subprocess.DEVNULL)
     log_file = tmp_path / "stage" / LOG
@@ -128,3 +134,83 @@ run_stage(stage, environment=os.environ, shown=lambda line: True, working_folder
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
     assert not (tmp_path / "stage" / MARKER).exists()
+
+
+def _python(name: str, code: str, *, folder: Path, after: tuple[Stage, ...] = ()) -> Stage:
+    return Stage(name=name, folder=folder / name, command=(sys.executable, "-c", code), after=after)
+
+
+def test_stages_run_at_once_but_after_those_they_need(tmp_path: Path) -> None:
+    """The two of which neither needs the other wait for each other; the third needs both."""
+    meet = (
+        "import pathlib, time; mine, other = (pathlib.Path(p) for p in {}); mine.touch()\n"
+        "while not other.exists(): time.sleep(.01)"
+    )
+    first = _python("first", meet.format(("a", "b")), folder=tmp_path)
+    second = _python("second", meet.format(("b", "a")), folder=tmp_path)
+    third = _python("third", "import os; assert os.path.exists('a') and os.path.exists('b')", folder=tmp_path)
+    _runner(tmp_path, jobs=2).run_all([replace(third, after=(first, second)), first, second])
+    assert third.folder.joinpath(MARKER).exists()
+
+
+def test_an_error_in_one_stage_ends_the_others(tmp_path: Path) -> None:
+    stages = [
+        _python("sleeps", "import time; print('sleeping', flush=True); time.sleep(60)", folder=tmp_path),
+        _python("fails", "import time; time.sleep(.3); raise SystemExit(3)", folder=tmp_path),
+        _python("never begins", "pass", folder=tmp_path),
+    ]
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="'fails' must end with 0, it ended with 3"):
+        _runner(tmp_path, jobs=2).run_all(stages)
+    assert time.monotonic() - began < 30
+    assert not any(stage.is_done for stage in stages)
+    assert not stages[2].folder.joinpath(MARKER).exists()
+
+
+def test_nothing_begins_once_all_are_being_ended(tmp_path: Path) -> None:
+    running = Running()
+    running.stop()
+    with pytest.raises(RuntimeError, match="may not begin when others are being ended"):
+        running.begin(["true"], environment={}, folder=tmp_path)
+
+
+GO_ON = "import pathlib; p = pathlib.Path('stage/part'); p.write_text(p.read_text() + 'second ')"
+
+
+@pytest.mark.parametrize(("left", "text"), [(True, "first second "), (False, "first ")])
+def test_an_interrupted_stage_goes_on_with_what_its_command_left(left: bool, text: str, tmp_path: Path) -> None:
+    """Without what the other command needs the stage begins anew, and fails again."""
+    first = "import pathlib; pathlib.Path('stage/part').write_text('first '); raise SystemExit(1)"
+    needs = tmp_path / "stage" / ("part" if left else "checkpoint")
+    resumption = Resumption(command=(sys.executable, "-c", GO_ON), needs=needs)
+    stage = Stage(name="s", folder=tmp_path / "stage", command=(sys.executable, "-c", first), resumption=resumption)
+    with pytest.raises(RuntimeError, match="must end with 0"):
+        _run(stage)
+    if left:
+        assert _run(stage)
+    else:
+        with pytest.raises(RuntimeError, match="must end with 0"):
+            _run(stage)
+    assert (tmp_path / "stage" / "part").read_text() == text
+
+
+def test_a_stage_whose_settings_changed_does_not_go_on(tmp_path: Path) -> None:
+    first = "import pathlib; pathlib.Path('stage/part').write_text('first '); raise SystemExit(1)"
+    resumption = Resumption(command=(sys.executable, "-c", GO_ON), needs=tmp_path / "stage" / "part")
+    stage = Stage(name="s", folder=tmp_path / "stage", command=(sys.executable, "-c", first), resumption=resumption)
+    for attempt in (stage, replace(stage, made_with="other")):
+        with pytest.raises(RuntimeError, match="must end with 0"):
+            _run(attempt)
+    assert (tmp_path / "stage" / "part").read_text() == "first "
+
+
+def test_a_command_gets_its_stages_threads(tmp_path: Path) -> None:
+    code = "import os; assert os.environ['OMP_NUM_THREADS'] == '3'"
+    assert _run(replace(_python("threads", code, folder=tmp_path), threads=3))
+
+
+def test_the_time_of_a_stage_stands_in_its_marker(tmp_path: Path) -> None:
+    stage = _python("sleeps", "import time; time.sleep(.2)", folder=tmp_path)
+    _run(stage)
+    assert 0.2 < stage.seconds < 30
+    assert json.loads((stage.folder / BEGUN).read_text())["seconds"] == stage.seconds

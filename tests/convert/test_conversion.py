@@ -15,6 +15,7 @@ from megatron_sat.checkpoint.hf_model import load_model, read_config
 from megatron_sat.checkpoint.hf_names import NAMES, Row
 from megatron_sat.checkpoint.parity import Recorded, Report
 from megatron_sat.convert.conversion import export_model, import_model, verify_model
+from megatron_sat.data.tokenizer import tokenizer_of_folder
 from tests.checkpoint.families import FAMILIES, write_model
 from tests.helpers.ranks import run_ranks
 
@@ -216,4 +217,7 @@ def test_a_run_whose_tokenizer_has_no_configuration_beside_it_is_exported_by_its
     config = read_config(tmp_path / "out")
     before, after = Tensors(llama / "hf"), Tensors(tmp_path / "out")
     assert (config["model_type"], config["vocab_size"], config["num_key_value_heads"]) == ("llama", 300, 4)
+    tokenizer = tokenizer_of_folder(tmp_path / "save" / "hf")
+    begins = tokenizer.bos if tokenizer.bos >= 0 else None
+    assert (config["bos_token_id"], config["eos_token_id"]) == (begins, tokenizer.eod)
     assert all(torch.equal(after.read(name), before.read(name)) for name in before.shapes)

@@ -80,6 +80,11 @@ def test_the_tokenizer_is_what_its_script_makes(tmp_path):
     assert (tmp_path / "again.model").read_bytes() == (EXCERPT / "tokenizer.model").read_bytes()
 
 
+def test_the_english_tokenizer_is_what_its_script_makes(tmp_path):
+    script("make_tokenizer").english(tmp_path / "again.model")
+    assert (tmp_path / "again.model").read_bytes() == (EXCERPT / "en" / "tokenizer.model").read_bytes()
+
+
 def test_the_excerpt_of_an_excerpt_follows_the_same_rules(tmp_path, monkeypatch):
     make = script("make_excerpt")
     monkeypatch.setattr(make, "LONGEST", 2000)

@@ -1,0 +1,68 @@
+"""What a result comes from: machine, libraries, commit."""
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+LIBRARIES = ("torch", "megatron-core", "transformers", "sentencepiece", "tokenizers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Said in a report."""
+
+    command: str
+    """As it was typed."""
+    commit: str
+    machine: str
+    libraries: str
+
+
+def provenance(root: Path, *, command: str) -> Provenance:
+    """Of this process. root: the project's folder."""
+    return Provenance(command=command, commit=commit_of(root), machine=machine(), libraries=libraries())
+
+
+def commit_of(root: Path) -> str:
+    """The commit of a folder, and whether files differ from it."""
+    commit = _said(["git", "-C", str(root), "rev-parse", "--short", "HEAD"])
+    if not commit:
+        return "unknown"
+    changed = _said(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
+    return f"{commit}, with changes" if changed else commit
+
+
+def machine() -> str:
+    """GPUs, if there are any, and cores."""
+    cores = f"{len(os.sched_getaffinity(0))} CPU cores"
+    if not torch.cuda.is_available():
+        return cores
+    names = _said(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).splitlines()
+    count = torch.cuda.device_count()
+    return f"{count} x {names[0] if names else 'GPU'}, {cores}"
+
+
+def libraries() -> str:
+    """Their versions, and Python's."""
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in LIBRARIES)])
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _said(command: list[str]) -> str:
+    """What a command prints; nothing where it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
