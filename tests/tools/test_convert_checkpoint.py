@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from megatron_sat.checkpoint.hf_files import Tensors
-from megatron_sat.checkpoint.hf_model import load_model, unpack_gguf
+from megatron_sat.checkpoint.hf_model import load_model
 from tests.checkpoint.families import write_model
 from tests.helpers.material import smollm2_gguf
 from tests.helpers.program import prepare_text, start
@@ -95,6 +95,14 @@ def test_a_run_starts_from_an_import_in_another_layout_and_is_exported(tmp_path)
     assert all(0 < change < 1e-2 for change in changes.values()), changes
 
 
+def test_what_is_no_gguf_file_is_not_unpacked_and_leaves_nothing(tmp_path):
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
+    code, _, said = _forked("unpack", "--gguf", tmp_path / "broken.gguf", "--hf", tmp_path / "out")
+    assert code == 2
+    assert "broken.gguf must be a GGUF file that transformers reads" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.gguf"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # four whole programs; 180 s on a busy machine
 def test_smollm2_goes_in_from_its_gguf_and_comes_out_saying_the_same(tmp_path):
@@ -106,8 +114,8 @@ def test_smollm2_goes_in_from_its_gguf_and_comes_out_saying_the_same(tmp_path):
     done = _tool("verify", "--load", tmp_path / "save", "--hf", tmp_path / "out", "--gate", "fp32")
     assert done.returncode == 0, done.stderr
 
-    (tmp_path / "unpacked").mkdir()
-    unpack_gguf(gguf, tmp_path / "unpacked")
+    done = _tool("unpack", "--gguf", gguf, "--hf", tmp_path / "unpacked")
+    assert done.returncode == 0, done.stderr
     assert _says(tmp_path / "out") == _says(tmp_path / "unpacked")
 
 
