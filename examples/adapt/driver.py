@@ -26,7 +26,7 @@ from megatron_sat.trip.travel import rehearse, travel
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = ROOT / "examples" / "data"
 PARTS = ("trip", "training")
-PROGRESS = re.compile(r"step +\d+ \||.*: [\d,]+ documents, |.* hold|loss on |TP=|imported|exported|wrote|unpacked")
+PROGRESS = re.compile(r"step +\d+ \||.*: [\d,]+ documents, |loss on |TP=|imported|exported|wrote|unpacked")
 
 
 def read_recipe(*files: Path, more: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
@@ -97,7 +97,8 @@ def go(course: Course, *, dry: bool, fresh: bool, command: Sequence[str], notes:
     if fresh:
         for marker in course.out.glob(f"**/{MARKER}"):
             marker.unlink()
-    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    # threads that spin while they wait cost minutes where other programs want the cores
+    environment = os.environ | {"PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}
     runner = Runner(environment=environment, shown=is_progress, working_folder=ROOT, jobs=course.shop.jobs)
     stages = travel(course, runner)
     found = read_findings(course, stages)

@@ -3,9 +3,9 @@
 
     run.py [--quick] [--out DIR] [--fresh]
 
-Dense, SAT, and dense for as long as SAT took, each on two ranks (TP=2) of this machine's CPU, evaluated in both
-languages before and after; DIR/report.html says what came of it. After its English beginning this is the trip of
-examples/adapt_chinese.sh. Stages that are done are kept, so an interrupted demo goes on.
+Dense, SAT, and dense for as long as SAT took, each on two ranks (TP=2; one with --quick) of this machine's CPU,
+evaluated in both languages before and after; DIR/report.html says what came of it. After its English beginning this
+is the trip of examples/adapt_chinese.sh. Stages that are done are kept, so an interrupted demo goes on.
 """
 
 import argparse

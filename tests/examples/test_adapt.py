@@ -145,11 +145,11 @@ def test_progress_is_what_stages_say_of_their_steps_and_proofs() -> None:
 @pytest.mark.timeout(900)
 def test_a_tiny_model_goes_all_the_way_and_the_trip_is_made_once(model: Path, tmp_path: Path) -> None:
     text, out = write_small_text(tmp_path / "text"), tmp_path / "out"
-    done = _call(model, out, "--quick", "--data", text, timeout=800)
+    done = _call(model, out, "--quick", "--data", text, "--nproc", 2, timeout=800)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "equal but for rounding" in done.stdout
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert (out / "export" / "model" / "config.json").is_file()
-    again = _call(model, out, "--quick", "--data", text)
+    again = _call(model, out, "--quick", "--data", text, "--nproc", 2)
     assert again.stdout.count("done before, kept") == 13
