@@ -94,6 +94,8 @@ class Config:
     selection: SelectionConfig
     weights: str
     """compact: packed once a step; gather: cut for every micro-batch."""
+    layer_graphs: bool
+    """Layers are recorded once a rung and replayed."""
     omitted_neurons: str
     """optimizer: momentum and decay go on moving them; frozen: nothing does (eq. 2)."""
     settings: dict[str, Any]
@@ -128,6 +130,7 @@ def compose(given: Settings, *, machine: Machine, world_size: int) -> Config:
         schedule=_schedule(settings, training=training),
         selection=SelectionConfig(**_named(SelectionConfig, settings, prefix="sat_")),
         weights=settings["sat_weights"],
+        layer_graphs=settings["layer_graphs"],
         omitted_neurons=settings["sat_omitted_neurons"],
         settings={key: value for key, value in settings.items() if value is not None and key not in idle},
         remarks=tuple(remarks(settings, given=given)),

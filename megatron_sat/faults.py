@@ -8,7 +8,8 @@ repaired from outside stands in the list too, with the way around it. Call `appl
 import functools
 import importlib.util
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer import optimizer as plain_optimizer
 from megatron.core.tensor_parallel import random as recomputation
@@ -158,6 +160,19 @@ def _compiled_helpers() -> None:
     dataset_utils.compile_helpers = compile_helpers
 
 
+def _waited_for() -> None:
+    true = param_and_grad_buffer._coalescing_manager
+
+    @functools.wraps(true)
+    @contextmanager
+    def coalescing(group: Any = None, device: Any = None, async_ops: bool = False) -> Iterator[Any]:
+        runs_ahead = async_ops and torch.distributed.get_backend(group) != "gloo"
+        with true(group, device=device, async_ops=runs_ahead) as works:
+            yield works  # without works in it, waiting for it is nothing
+
+    param_and_grad_buffer._coalescing_manager = coalescing
+
+
 FAULTS: tuple[Fault, ...] = (
     Fault(
         name="fresh distributed state",
@@ -227,6 +242,16 @@ FAULTS: tuple[Fault, ...] = (
         until="may go when norms are recomputed without Transformer Engine",
         only_if=_no_transformer_engine,
         repair=_recomputed_norms,
+    ),
+    Fault(
+        name="coalesced collectives of gloo crash",
+        library="torch",
+        versions=">=2.6",
+        what="asynchronous coalesced collectives of the gloo backend (--overlap-param-gather and "
+        "--overlap-grad-reduce on a CPU) corrupt the heap about once in 5,000 steps: SIGSEGV, or 'free(): "
+        "invalid pointer'",
+        until="they are waited for where they are started; may go when two ranks gather 50,000 times without a crash",
+        repair=_waited_for,
     ),
     Fault(
         name="fused cross entropy rounds its gradient",

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.optimizer import DistributedOptimizer, distrib_optimizer
 from megatron.core.optimizer import optimizer as plain_optimizer
@@ -38,6 +40,7 @@ def undo() -> None:
         (CheckpointWithoutOutput, "__init__"),
     ):
         setattr(owner, function, inspect.unwrap(getattr(owner, function)))
+    param_and_grad_buffer._coalescing_manager = dist._coalescing_manager  # itself a wrapper: torch's contextmanager
     filesystem_async._results_queue = None
     if named("parameter groups told apart without their rates").present():
         for module in (plain_optimizer, distrib_optimizer):
@@ -213,6 +216,23 @@ def test_norms_are_recomputed_without_transformer_engine_only_with_the_repair() 
         run_ranks(recomputed_norms, 1)
     kept, recomputed = run_ranks(recomputed_norms, 1, "recomputed norms ask for Transformer Engine")[0]
     assert recomputed == pytest.approx(kept, rel=1e-6)  # gradients of a residual add up in another order
+
+
+def works_under_way(rank: int, *names: str) -> tuple[int, list[float]]:
+    """How many collectives are still to be waited for where they were started, and what they give."""
+    repair(*names)
+    group = dist.group.WORLD
+    gathered, mine = torch.zeros(2), torch.tensor([float(rank)])
+    with param_and_grad_buffer._coalescing_manager(group, async_ops=True) as works:
+        dist.all_gather_into_tensor(gathered, mine, group=group, async_op=True)
+    under_way = len(works.works)
+    works.wait()
+    return under_way, gathered.tolist()
+
+
+def test_coalesced_collectives_of_gloo_run_ahead_only_without_the_repair() -> None:
+    assert run_ranks(works_under_way, 2) == [(1, [0.0, 1.0])] * 2
+    assert run_ranks(works_under_way, 2, "coalesced collectives of gloo crash") == [(0, [0.0, 1.0])] * 2
 
 
 def fused_gradient(rank: int) -> tuple[float, float]:

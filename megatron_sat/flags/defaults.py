@@ -154,6 +154,7 @@ def _method(s: dict[str, Any], *, machine: Machine) -> None:
     _fill(s, "sat_channel_multiple", CHANNEL_MULTIPLE if wide else 1)
     _fill(s, "sat_weights", "compact" if s["gradient_accumulation_fusion"] else "gather")
     _fill(s, "sat_seed", s["seed"])
+    _fill(s, "layer_graphs", False)
 
 
 def written_rate(rate: str) -> str:

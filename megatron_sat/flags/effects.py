@@ -35,6 +35,16 @@ def grouped_queries(settings: Settings) -> bool:
     )
 
 
+def against_layer_graphs(settings: Settings) -> list[str]:
+    """Settings under which a layer cannot be replayed: other ranks, random numbers, or work between the kernels."""
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    others = ("recompute_granularity", "overlap_param_gather", "add_bias_linear", "add_qkv_bias", "cpu_offloading")
+    found = [key for key in sizes if settings[key] > 1]
+    found += [key for key in ("hidden_dropout", "attention_dropout") if settings[key] > 0]
+    found += [key for key in others if settings[key]]
+    return found if settings["gradient_accumulation_fusion"] else [*found, "gradient_accumulation_fusion"]
+
+
 _SCORED_BY_TOKENS = ("wanda", "maxip", "contribution")
 _SCORED_BY_ROWS = ("magnitude", "wanda", "maxip")
 
@@ -75,6 +85,11 @@ METHOD: tuple[Rule, ...] = (
         keys="train_only_first_id",
         idle=lambda s: s["train_only"] == "all",
         beside="without --train-only new-embeddings",
+    ),
+    Rule(
+        keys="layer_graphs",
+        idle=lambda s: s["layer_graphs"] and bool(against_layer_graphs(s)),
+        beside="with model parallelism, recomputation, dropout, biases, or --overlap-param-gather",
     ),
 )
 """The method's settings, and this program's own."""

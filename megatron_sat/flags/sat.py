@@ -77,6 +77,7 @@ LOGGING: tuple[Flag, ...] = (
 
 TRAINING: tuple[Flag, ...] = (
     option("engine", choices=("megatron", "deepspeed"), default="megatron", help="what moves the gradients"),
+    switch("layer_graphs", help="record a layer once a rung and replay it; by CUDA graphs"),
     option(
         "train_only",
         choices=("all", "new-embeddings"),

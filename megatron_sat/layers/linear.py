@@ -18,19 +18,58 @@ from megatron_sat.sparsity.gather import keep_columns, keep_rows
 class _Cutting:
     """How both kinds of layer come by the kept part of their weight: packed once a step, or gathered each time."""
 
+    weight: Any
     packing: Packing | None = None
     """The step under way, where it packs; None: gather."""
+    lent: bool = False
+    """While a recording computes: the weight is the one of `lend`."""
     _pack: tuple[Packing, Pack] | None = None
+    _leaf: Tensor | None = None
 
     def _cut(self, weight: Any, *, index: Tensor, dim: int, kwargs: dict[str, Any]) -> Tensor:
         """The weight's kept rows (dim 0) or columns (dim 1). kwargs: Megatron's, told how gradients add up."""
+        if self.lent:
+            assert self._leaf is not None
+            return self._leaf
         if self.packing is None or not kwargs["gradient_accumulation_fusion"] or not hasattr(weight, "main_grad"):
             # the fused product adds into the whole weight's main_grad; a gathered weight has none
             kwargs["gradient_accumulation_fusion"] = False
             return keep_rows(weight, index) if dim == 0 else keep_columns(weight, index)
-        if self._pack is None or self._pack[0] is not self.packing:
-            self._pack = self.packing, Pack(weight, index, dim=dim, uses=self.packing.uses)
-        return self._pack[1].use()
+        return self._packed(weight, index=index, dim=dim).use()
+
+    def _packed(self, weight: Any, *, index: Tensor, dim: int) -> Pack:
+        """The step's pack, made now if it is not yet."""
+        assert self.packing is not None
+        pack = self.pack_for(self.packing)
+        if pack is None:
+            buffer = None if self._pack is None else self._pack[1].buffer
+            pack = Pack(weight, index, dim=dim, uses=self.packing.uses, buffer=buffer)
+            self._pack = self.packing, pack
+        return pack
+
+    # -- for recordings, which find the packed weight where it was
+
+    @property
+    def replayable(self) -> bool:
+        """Whether gradients are added up where they lie, and nothing depends on which neurons are kept."""
+        return self.gradient_accumulation_fusion and self.bias is None and hasattr(self.weight, "main_grad")  # type: ignore[attr-defined]
+
+    def pack_for(self, packing: Packing | None) -> Pack | None:
+        """The weight as packed for that step; None: not packed, or not yet."""
+        return self._pack[1] if self._pack is not None and packing is not None and self._pack[0] is packing else None
+
+    def lend(self, packing: Packing | None) -> Tensor | None:
+        """The packed weight as a leaf, for a recording to compute with; None: the whole weight."""
+        pack = self.pack_for(packing)
+        self._leaf = None if pack is None else pack.leaf()
+        return self._leaf
+
+    def gradient_added(self, packing: Packing | None) -> None:
+        """A replay has added this use's gradient."""
+        pack = self.pack_for(packing)
+        if pack is not None:
+            pack.used(self.weight)
+        self.weight.grad_added_to_main_grad = True
 
 
 class SparseColumnParallelLinear(_Cutting, ColumnParallelLinear):
@@ -43,6 +82,11 @@ class SparseColumnParallelLinear(_Cutting, ColumnParallelLinear):
         """As Megatron's; a bias that is handed back (skip_bias_add) is cut like the output."""
         output, bias = super().forward(input_, *args, **kwargs)
         return output, bias if bias is None or self.rows is None else keep_rows(bias, self.rows)
+
+    def pack(self) -> None:
+        """Pack `rows` for the step under way."""
+        if self.rows is not None:
+            self._packed(self.weight, index=self.rows, dim=0)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.rows is not None:
@@ -59,6 +103,11 @@ class SparseRowParallelLinear(_Cutting, RowParallelLinear):
     """[k] int64, the columns of this rank's weight that the next call's input belongs to."""
     observe: Callable[[Tensor], None] | None = None
     """While set: is shown each call's input, the activations of the module's neurons."""
+
+    def pack(self) -> None:
+        """Pack `columns` for the step under way."""
+        if self.columns is not None:
+            self._packed(self.weight, index=self.columns, dim=1)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.observe is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_sat.layers.linear import SparseColumnParallelLinear, SparseRowParallelLinear
+from megatron_sat.sparsity.compact import Packing
 from megatron_sat.sparsity.controller import Entry
 from megatron_sat.sparsity.neurons import Kept
 from megatron_sat.sparsity.selector import Selector
@@ -56,6 +57,29 @@ class SparsePair(Module):
         rows, columns = self.selector.neurons.rows(index), self.selector.neurons.columns(index)
         found: list[Entry] = [(column.weight, 0, rows), (row.weight, 1, columns)]
         return found if column.bias is None else [*found, (column.bias, 0, rows)]
+
+    def ready_for_replay(self) -> bool:
+        """Whether the next forward launches what the last one of these shapes launched, on the same memory.
+
+        Where the choice is known before any token is seen, its weights are packed now.
+        """
+        linears = self.linear_pair()
+        if not all(linear.replayable for linear in linears):
+            return False
+        if self.selector is None or self.selector.keeps_all:
+            return True
+        if self.packing is None or not self.selector.settled:
+            return False
+        if any(linear.pack_for(self.packing) is None for linear in linears):
+            self._set(self.selector.choice)
+            for linear in linears:
+                linear.pack()
+        return True
+
+    @property
+    def packing(self) -> Packing | None:
+        """The step that the next forward's weights are packed for; None: they are not."""
+        return None if self.selector is None or self.selector.keeps_all else self.selector.packing
 
     def _set(self, kept: Kept | None) -> None:
         column, row = self.linear_pair()

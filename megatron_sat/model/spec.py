@@ -15,6 +15,7 @@ from torch.nn import Module
 
 from megatron_sat.layers.attention import SparseSelfAttention
 from megatron_sat.layers.core_attention import FlashCoreAttention, SDPACoreAttention, core_attention
+from megatron_sat.layers.graphed import GraphedLayer
 from megatron_sat.layers.linear import SparseColumnParallelLinear, SparseRowParallelLinear
 from megatron_sat.layers.mlp import SparseMLP
 from megatron_sat.layers.norm import rms_norm
@@ -75,6 +76,7 @@ def sparse_layer_spec(config: TransformerConfig) -> ModuleSpec:
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm_for(config)
     spec.submodules.self_attention = sparse_attention_spec(config)
     spec.submodules.mlp = SparseMLP
+    spec.module = GraphedLayer
     return spec
 
 

@@ -25,11 +25,18 @@ class Packing:
 class Pack:
     """The kept rows (dim 0) or columns (dim 1) of one weight for one step."""
 
-    def __init__(self, weight: Parameter, index: Tensor, *, dim: int, uses: int) -> None:
-        """index: [k] int64, distinct. uses: how many forwards of the step get a backward (its micro-batches)."""
+    def __init__(
+        self, weight: Parameter, index: Tensor, *, dim: int, uses: int, buffer: Tensor | None = None
+    ) -> None:
+        """index: [k] int64, distinct. uses: how many forwards of the step get a backward (its micro-batches).
+
+        buffer: the last step's, taken over if it fits, so that a rung's packed weights stay where they are.
+        """
         assert hasattr(weight, "main_grad"), "a pack adds up in the weight's main_grad"
         self._weight, self._index, self._dim, self._left = weight, index, dim, uses
-        self._packed: Tensor | None = weight.detach().index_select(dim, index)
+        shape = (index.numel(), weight.size(1)) if dim == 0 else (weight.size(0), index.numel())
+        self.buffer = weight.detach().new_empty(shape) if buffer is None or buffer.shape != shape else buffer
+        torch.index_select(weight.detach(), dim, index, out=self.buffer)
 
     def use(self) -> Tensor:
         """The packed weight, [k, h] or [h, k], for one forward.
@@ -42,20 +49,26 @@ class Pack:
         packed.grad_added_to_main_grad = False
         return packed
 
+    def leaf(self) -> Tensor:
+        """The packed weight by itself, without the weight behind it; who takes a gradient calls `used`."""
+        leaf: Any = self.buffer.detach().requires_grad_()
+        leaf.main_grad = self._sums()
+        leaf.grad_added_to_main_grad = False
+        return leaf
+
     def _sums(self) -> Tensor:
         """The accumulator: the front of the weight's gradient buffer, in the packed weight's shape."""
-        assert self._packed is not None, "a pack is used once more than it was made for"
-        return self._weight.main_grad.view(-1)[: self._packed.numel()].view(self._packed.shape)  # type: ignore[attr-defined]
+        assert self._left > 0, "a pack is used once more than it was made for"
+        return self._weight.main_grad.view(-1)[: self.buffer.numel()].view(self.buffer.shape)  # type: ignore[attr-defined]
 
-    def _used(self, weight: Parameter) -> None:
-        """A backward is through. After the last one the sums go where they belong, and the pack is given up."""
+    def used(self, weight: Parameter) -> None:
+        """A backward is through. After the last one the sums go where they belong, and the pack is spent."""
+        sums = self._sums()
         self._left -= 1
         if self._left == 0:
-            sums = self._sums()
             kept = sums.clone()
             sums.zero_()
             weight.main_grad.index_copy_(self._dim, self._index, kept)  # type: ignore[attr-defined]
-            self._packed = None
 
 
 class _Use(torch.autograd.Function):
@@ -64,12 +77,11 @@ class _Use(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Parameter, pack: Pack) -> Tensor:
         ctx.pack, ctx.weight = pack, weight
-        assert pack._packed is not None
-        return pack._packed.detach()
+        return pack.buffer.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         weight = ctx.weight
-        ctx.pack._used(weight)
+        ctx.pack.used(weight)
         weight.grad_added_to_main_grad = True
         return torch.empty_like(weight), None  # never read: hooks of the weight run only where a gradient arrives

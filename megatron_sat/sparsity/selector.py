@@ -173,7 +173,7 @@ class Selector:
         following = self._key(next_rate, next_draw)
         self._measures = lagged and not weights_alone and following not in (None, self._wanted)
         sums, self._sums = self._sums, None  # they are the last step's: older ones are never used
-        if lagged and weights_alone:
+        if weights_alone:
             sums = torch.ones(1)  # of no tokens: there is nothing to wait for
         if self._must_choose and sums is not None:
             self._choose(sums)
@@ -209,6 +209,11 @@ class Selector:
         return self.choice
 
     # -- what is true in this step
+
+    @property
+    def settled(self) -> bool:
+        """Whether the next forward neither chooses nor measures: it depends on what it computes with alone."""
+        return not self._must_choose and not self._measures
 
     @property
     def keeps_all(self) -> bool:

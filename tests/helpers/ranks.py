@@ -16,6 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_sat import faults
+
 
 def _child(rank: int, size: int, store: str, timeout: int, out: int, call: Callable[[], Any]) -> None:
     stacks = Path(f"{store}.stacks{rank}").open("w")  # noqa: SIM115  open until the rank ends
@@ -27,6 +29,7 @@ def _child(rank: int, size: int, store: str, timeout: int, out: int, call: Calla
     signal.alarm(timeout)
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+        faults.apply_all()  # as in the program
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             answer = (True, call())
