@@ -12,7 +12,7 @@ import json
 import logging
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,22 +43,25 @@ _PROBE_SECONDS = 5.0
 
 
 def run_harness(
-    hf_folder: Path,
+    hf_folder: Path | Callable[[], Path],
     *,
     tasks: Sequence[str],
     tasks_folder: Path | None,
     limit: int | None,
     batch_size: int,
     output: Path,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run tasks on the model of a folder, print the table, write ``output``/harness.json, return what it holds.
 
-    tasks: names of `GROUPS`, of lm-eval, or of the YAML files below ``tasks_folder``. limit: documents a task (None:
+    hf_folder: or what makes one, called when everything else is known to be there. about: further entries. tasks: names of `GROUPS`, of lm-eval, or of the YAML files below ``tasks_folder``. limit: documents a task (None:
     all). The model computes in the precision of its files, on the GPU where there is one.
     Raises ValueError where lm-eval, a task, a data set or the model is missing, before anything is computed.
     """
     library = _library()
-    _check(hf_folder, tasks=tasks, tasks_folder=tasks_folder, limit=limit, batch_size=batch_size)
+    if isinstance(hf_folder, Path):
+        _check_folder(hf_folder)
+    _check(tasks, tasks_folder=tasks_folder, limit=limit, batch_size=batch_size)
     names = list(dict.fromkeys(member for task in tasks for member in GROUPS.get(task, (task,))))
     manager = _manager(names, library=library, folder=tasks_folder)
     needs = [need for name in names for need in needs_of(name, index=manager.task_index)]
@@ -66,14 +69,15 @@ def run_harness(
     with _quiet(), _hub(needs, library=library) as absent:
         _require_data(needs, library=library, absent=absent, folder=tasks_folder)
         loaded = [part for name in names for part in _load(name, manager=manager)]
-        model, tokenizer = _open_model(hf_folder)
+        folder = hf_folder if isinstance(hf_folder, Path) else hf_folder()
+        model, tokenizer = _open_model(folder)
         say(f"lm-eval {_version()}: {len(needs)} tasks on {model.device}")
         lm = library.model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         found = library.evaluate(
             model=lm, tasks=loaded, task_manager=manager, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False
         )
     report: dict[str, Any] = {
-        "model": str(hf_folder),
+        "model": str(folder),
         "tasks": list(tasks),
         "limit": limit,
         "batch_size": batch_size,
@@ -82,6 +86,7 @@ def run_harness(
         "packages": {name: importlib.metadata.version(name) for name in ("lm-eval", "transformers", "torch")},
         "averages": {"gpt4all": gpt4all_average(found["results"])} if "gpt4all" in tasks else {},
         **{key: found[key] for key in _KEPT if key in found},
+        **(about or {}),
     }
     _write(output, report=report)
     _show(report)
@@ -128,12 +133,13 @@ def _version() -> str:
     return importlib.metadata.version("lm-eval")
 
 
-def _check(
-    hf_folder: Path, *, tasks: Sequence[str], tasks_folder: Path | None, limit: int | None, batch_size: int
-) -> None:
-    """Refuse what can be seen to be wrong without lm-eval."""
+def _check_folder(hf_folder: Path) -> None:
     if not (hf_folder / "config.json").is_file():
         raise ValueError(f"--harness needs a Hugging Face folder, {hf_folder} has no config.json; export a model first")
+
+
+def _check(tasks: Sequence[str], *, tasks_folder: Path | None, limit: int | None, batch_size: int) -> None:
+    """Refuse what can be seen to be wrong without lm-eval."""
     if not tasks:
         raise ValueError(f"--harness needs a task, got none; name some of {', '.join(GROUPS)}, or of lm-eval's")
     if tasks_folder is not None and not tasks_folder.is_dir():

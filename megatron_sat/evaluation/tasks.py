@@ -1,13 +1,12 @@
-"""Benchmark tasks on either kind of model: a checkpoint is exported first, to a folder that passes."""
+"""Benchmark tasks on either kind of model: a checkpoint is exported to a folder that passes."""
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_sat.convert.conversion import export_model
-from megatron_sat.evaluate.harness import RESULT, run_harness
+from megatron_sat.evaluate.harness import run_harness
 from megatron_sat.evaluation.models import Subject
 
 
@@ -35,9 +34,11 @@ def run_tasks(
         run_harness(subject.folder, **asked)
         return
     with tempfile.TemporaryDirectory() as folder:
-        exported = Path(folder) / "hf"
-        export_model(subject.folder, exported, step=subject.step or None)
-        run_harness(exported, **asked)
-    path = output / RESULT
-    report = json.loads(path.read_text(encoding="utf-8")) | {"model": str(subject.folder), "step": subject.step}
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+        def exported() -> Path:
+            """Asked for when tasks and data are known to be there: an export of a large model takes its time."""
+            hf = Path(folder) / "hf"
+            export_model(subject.folder, hf, step=subject.step or None)
+            return hf
+
+        run_harness(exported, **asked, about={"model": str(subject.folder), "step": subject.step})

@@ -36,6 +36,8 @@ class Settings:
     """Part of the steps before the ladder begins, in (0, 1); exact, as text."""
     rungs: int = 5
     """Of the ladder."""
+    selection_interval: int = 1
+    """Steps that a choice of neurons is kept."""
     max_characters: int = 100_000
     """Of each domain that evaluations read."""
     evaluation_stride: int | None = None
@@ -64,7 +66,8 @@ class Settings:
         """SAT's flags."""
         start = max(1, int(self.steps * Fraction(self.sparse_share)))
         ladder = ("--sat-schedule", "ladder", "--sat-omission-rate", self.omission_rate)
-        return (*ladder, "--sat-rungs", str(self.rungs), "--sat-schedule-start", str(start))
+        kept = ("--sat-selection-interval", str(self.selection_interval))
+        return (*ladder, "--sat-rungs", str(self.rungs), *kept, "--sat-schedule-start", str(start))
 
 
 def settings_from(given: Mapping[str, Any]) -> Settings:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -159,9 +160,10 @@ def _harness(_: int, argv: list[str]) -> tuple[int, list[dict]]:
     """The tool with a stand-in for lm-eval that says what it was asked."""
     asked = []
 
-    def run_harness(hf_folder: Path, *, output: Path, **settings: object) -> dict:
-        asked.append(settings | {"files": sorted(path.name for path in hf_folder.iterdir())})
-        (output / "harness.json").write_text(json.dumps({"model": str(hf_folder), "results": {}}))
+    def run_harness(hf_folder: Any, *, output: Path, about: Any = None, **settings: object) -> dict:
+        folder = hf_folder if isinstance(hf_folder, Path) else hf_folder()
+        asked.append(settings | {"files": sorted(path.name for path in folder.iterdir())})
+        (output / "harness.json").write_text(json.dumps({"model": str(folder), "results": {}} | (about or {})))
         return {}
 
     tasks.run_harness = run_harness  # in this rank alone
