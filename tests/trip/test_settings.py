@@ -9,7 +9,8 @@ GIVEN = {"steps": 300, "add": 8000, "seq_length": 1024}
 
 def test_the_ladder_begins_after_two_thirds_of_the_steps() -> None:
     assert " ".join(settings_from(GIVEN).schedule) == (
-        "--sat-schedule ladder --sat-omission-rate 0.5 --sat-rungs 5 --sat-selection-interval 1 --sat-schedule-start 200"
+        "--sat-schedule ladder --sat-omission-rate 0.5 --sat-rungs 5 --sat-selection-interval 1"
+        " --sat-schedule-start 200"
     )
 
 
