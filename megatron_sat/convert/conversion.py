@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sat import log
-from megatron_sat.checkpoint import parity
+from megatron_sat.checkpoint import parity, traces
 from megatron_sat.checkpoint.header import Header
 from megatron_sat.checkpoint.hf_config import (
     config_of,
@@ -152,7 +152,7 @@ def _gate(load: Path, hf: Path, *, dtype: str, step: int | None = None, records:
     parity.refuse(_compared(load, hf, reference=reference, ids=ids, dtype=dtype, tp=1, pp=1, step=step))
 
 
-def _reference(hf: Path, *, dtype: str) -> tuple[parity.Trace, list[int]]:
+def _reference(hf: Path, *, dtype: str) -> tuple[traces.Trace, list[int]]:
     """What Hugging Face's model computes on rank 0, told to all, and for which tokens; the model is gone afterwards."""
     config = read_config(hf)
     tokens = parity.sample(
@@ -163,7 +163,7 @@ def _reference(hf: Path, *, dtype: str) -> tuple[parity.Trace, list[int]]:
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         try:
-            told[0] = parity.trace_hugging_face(load_model(hf, dtype=DTYPES[dtype], device=device), tokens)
+            told[0] = traces.trace_hugging_face(load_model(hf, dtype=DTYPES[dtype], device=device), tokens)
         except ValueError as error:
             told[1] = error
     dist.broadcast_object_list(told, src=0)
@@ -173,10 +173,10 @@ def _reference(hf: Path, *, dtype: str) -> tuple[parity.Trace, list[int]]:
 
 
 def _compared(
-    load: Path, hf: Path, *, reference: parity.Trace, ids: Sequence[int], dtype: str, tp: int, pp: int, step: int | None
+    load: Path, hf: Path, *, reference: traces.Trace, ids: Sequence[int], dtype: str, tp: int, pp: int, step: int | None
 ) -> parity.Report:
     opened = open_model(load, tp=tp, pp=pp, dtype=dtype, step=step, seq_length=len(ids))
-    found = parity.trace_megatron(opened.chunks, ids, layout=opened.layout)
+    found = traces.trace_megatron(opened.chunks, ids, layout=opened.layout)
     report = parity.compare(
         reference,
         found,
@@ -184,6 +184,7 @@ def _compared(
         vocab_size=read_config(hf)["vocab_size"],
         dtype=DTYPES[dtype],
         layout=f"TP={tp}, PP={pp}",
+        on_gpu=torch.cuda.is_available(),
     )
     log.say(str(report))
     return report

@@ -8,12 +8,13 @@ import torch
 
 from megatron_sat.checkpoint import parity
 from megatron_sat.checkpoint.parity import Recorded, check_first_loss, compare, record, refuse, sample
+from megatron_sat.checkpoint.traces import Trace
 
 IDS = [1, 5, 2, 7, 3]
 VOCAB, ROWS = 8, 12
 
 
-def _trace(*, rows: int = VOCAB) -> parity.Trace:
+def _trace(*, rows: int = VOCAB) -> Trace:
     generator = torch.Generator().manual_seed(0)
     names = ["embedding", "layer 0 attention", "layer 0 MLP", "layer 0", "layer 10", "final norm"]
     logits = torch.randn(len(IDS), VOCAB, generator=generator)
@@ -39,6 +40,17 @@ def test_equal_traces_pass():
 @pytest.mark.parametrize("delta, passes", [(0.9e-4, True), (1.5e-4, False)])
 def test_fp32_logits_must_be_within_the_limit(delta, passes):
     assert _compared({"logits": lambda logits: logits[2, 3].add_(delta)}).passed == passes
+
+
+@pytest.mark.parametrize("share, passes", [(1.9e-5, True), (2.1e-5, False)])
+def test_on_a_gpu_the_limit_grows_with_the_logits(share, passes):
+    reference, found = _trace(), _trace(rows=ROWS)
+    for trace in (reference, found):
+        trace["logits"] *= 100
+    found["logits"][2, 3] += share * reference["logits"].abs().max()
+    asked = {"ids": IDS, "vocab_size": VOCAB, "dtype": torch.float32, "layout": "TP=1, PP=1"}
+    assert compare(reference, found, on_gpu=True, **asked).passed == passes
+    assert not compare(reference, found, **asked).passed
 
 
 def test_the_first_place_that_differs_is_named_though_later_ones_differ_more():
