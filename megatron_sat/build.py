@@ -4,6 +4,7 @@ Text first (tokenizer, data), then the model and its selectors, then the engine;
 before the first step. `Run` holds the pieces, `training.run` lets them work.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from megatron_sat.model.builder import build_chunks, embedding_of
 from megatron_sat.model.flops import ModelShape, Recompute, choice_flops, shape_of
 from megatron_sat.plan import Plan, build_plan
 from megatron_sat.sparsity.controller import Controller, sparse_modules
-from megatron_sat.sparsity.schedule import Schedule, build_schedule
+from megatron_sat.sparsity.schedule import build_schedule
 from megatron_sat.training.only import NewRows, count_trained, freeze_all_but_vocabulary, train_only
 from megatron_sat.vocab.report import first_new_token
 
@@ -95,6 +96,7 @@ def build_run(config: Config) -> Run:
     if config.omitted_neurons == "frozen":
         engine.hold(controller.omitted_entries)
     shape = shape_of(transformer, padded_vocab_size=embedding.padded_vocab_size, seq_length=config.model.seq_length)
+    epochs = epochs_per_domain(datasets.survey.train, samples=samples, seq_length=config.model.seq_length)
     return Run(
         config=config,
         layout=layout,
@@ -104,7 +106,7 @@ def build_run(config: Config) -> Run:
         engine=engine,
         controller=controller,
         shape=shape,
-        plan=_plan(config, schedule=schedule, shape=shape, datasets=datasets),
+        plan=plan_of(config, shape=shape, epochs=epochs),
         new_rows=rows,
     )
 
@@ -180,7 +182,8 @@ def recompute_of(config: Config) -> Recompute:
     return Recompute(parts=("full",), layers=layers)
 
 
-def _plan(config: Config, *, schedule: Schedule, shape: ModelShape, datasets: Datasets) -> Plan:
+def plan_of(config: Config, *, shape: ModelShape, epochs: Mapping[str, float]) -> Plan:
+    """What the run will do. epochs: by domain, passes over it; empty where nobody has looked at the data."""
     training, selection = config.training, config.selection
     choosing = choice_flops(
         shape,
@@ -189,7 +192,7 @@ def _plan(config: Config, *, schedule: Schedule, shape: ModelShape, datasets: Da
         replicas=config.parallel.data,
     )
     return build_plan(
-        schedule,
+        build_schedule(config.schedule),
         shape=shape,
         selection_groups=selection.selection_groups,
         channel_multiple=selection.channel_multiple,
@@ -197,9 +200,5 @@ def _plan(config: Config, *, schedule: Schedule, shape: ModelShape, datasets: Da
         tokens_per_step=training.global_batch_size * config.model.seq_length,
         recompute=recompute_of(config),
         choice_flops=choosing // selection.selection_interval,
-        epochs=epochs_per_domain(
-            datasets.survey.train,
-            samples=training.train_iters * training.global_batch_size,
-            seq_length=config.model.seq_length,
-        ),
+        epochs=epochs,
     )

@@ -79,7 +79,9 @@ def help_text() -> str:
         default = "" if flag.default in (None, "") else f" (default: {flag.default})"
         sections.setdefault(flag.section, []).append(f"  {names}\n      {flag.help}{default}")
     usage = (
-        "pretrain_sat.py [--config FILE.yaml ...] [--print-config] [setting ...]\n\n"
+        "pretrain_sat.py [--config FILE.yaml ...] [--print-config] [setting ...]\n"
+        "pretrain_sat.py --dry-run [--world-size N] [--gpu NAME] [--gpus-per-host N] ...\n"
+        "    only says what the run would be on that cluster; needs no GPU, data or checkpoint\n\n"
         "Settings have Megatron-LM's names where Megatron-LM has them. In the file each is a key.\n"
     )
     return usage + "".join(f"\n{title}:\n" + "\n".join(lines) + "\n" for title, lines in sections.items())
