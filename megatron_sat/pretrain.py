@@ -21,7 +21,7 @@ from megatron_sat.checkpoint.resume import LoadConfig, load_checkpoint, open_che
 from megatron_sat.data.batch import Batch, EvaluationBatches, build_train_iterator, cut_for_context_parallel
 from megatron_sat.engines.base import StepResult
 from megatron_sat.model.flops import step_flops, whole
-from megatron_sat.rehearsal.rehearse import rehearse, take
+from megatron_sat.rehearsal.rehearse import rehearsal
 from megatron_sat.training.imported import check_import
 from megatron_sat.training.loop import Extent, Moments, Progress, train
 from megatron_sat.training.metrics import Console, JsonLines, Meter, Sink, StepFigures, TensorBoard, Totals
@@ -35,13 +35,9 @@ PATIENCE_SECONDS = 10.0
 def main(argv: Sequence[str]) -> int:
     """Run what the command line asks for. Returns the exit code; 2 for what cannot be obeyed, said in one line."""
     launch, cuda = distributed.read_launch(), torch.cuda.is_available()
-    try:
-        cluster, argv = take(argv, world_size=launch.world_size)
-        if cluster is not None:
-            return rehearse(cluster, argv)
-    except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return cli.USAGE_ERROR
+    code, argv = rehearsal(argv, world_size=launch.world_size, speaks=launch.rank == 0)
+    if code is not None:
+        return code
     try:
         config = cli.parse(argv, world_size=launch.world_size, cuda=cuda, speaks=launch.rank == 0)
     except cli.ParsedExit as asked:
