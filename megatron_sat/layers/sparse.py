@@ -20,6 +20,18 @@ from megatron_sat.sparsity.selector import Selector
 Output = tuple[Tensor, Tensor | None]
 
 
+class _SeenError(Exception):
+    """A look has seen what it wanted: the product behind it need not be made."""
+
+    def __init__(self, activations: Tensor) -> None:
+        super().__init__()
+        self.activations = activations
+
+
+def _stop_at(activations: Tensor) -> None:
+    raise _SeenError(activations)
+
+
 class SparsePair(Module):
     """Mixed into a Megatron module whose neurons are rows of one linear layer and columns of the next."""
 
@@ -95,15 +107,16 @@ class SparsePair(Module):
     def _dense_activations(self, forward: Callable[[], Output]) -> Tensor:
         """[s, b, k]: the second layer's input when every neuron takes part."""
         _, row = self.linear_pair()
-        seen: list[Tensor] = []
         self._set(None)
-        row.observe = seen.append
+        row.observe = _stop_at
         try:
             with torch.no_grad(), self._without_dropout():
                 forward()
+        except _SeenError as seen:
+            return seen.activations
         finally:
             row.observe = None
-        return seen[0]
+        raise AssertionError("a sparse module's forward runs its second linear layer")
 
     @contextmanager
     def _without_dropout(self) -> Iterator[None]:

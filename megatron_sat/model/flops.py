@@ -181,12 +181,13 @@ def choice_flops(shape: ModelShape, *, importance: str, tokens: int, replicas: i
     rows = (heads + 2 * shape.num_query_groups) * shape.kv_channels
     rows += (2 if shape.gated else 1) * shape.ffn_hidden_size
     columns = heads * shape.kv_channels + shape.ffn_hidden_size
-    dense_forward = tokens * sum(layer_forward_flops(shape, whole(shape)).values())
+    forward = layer_forward_flops(shape, whole(shape))
+    looked_at = sum(forward.values()) - forward["proj"] - 2 * hidden * shape.ffn_hidden_size  # up to both last products
     per_layer = {
         "uniform": 0,
         "magnitude": 2 * hidden * rows,
         "wanda": 2 * hidden * rows + 2 * (2 * hidden * tokens),  # squares and sums of two modules' inputs
         "maxip": 2 * hidden * rows + 2 * (hidden * tokens),
-        "contribution": 2 * hidden * columns + 2 * columns * tokens + dense_forward,
+        "contribution": 2 * hidden * columns + 2 * columns * tokens + tokens * looked_at,
     }
     return replicas * shape.num_layers * per_layer[importance]

@@ -148,20 +148,22 @@ def test_causal_attention_counts_each_token_with_those_before_it_and_itself():
 def test_choosing_costs_on_top_of_the_step_what_torch_counts(importance):
     (counted,) = counted_at(Fraction(1, 2), selection={"importance": importance})
     step = step_flops(TINY, kept_at(Fraction(1, 2)), tokens=TOKENS, causal=False)
-    dense_forward = TOKENS * 4 * sum(layer_forward_flops(TINY, whole(TINY), causal=False).values())
+    forward = layer_forward_flops(TINY, whole(TINY), causal=False)
+    look = TOKENS * 4 * (forward["qkv"] + forward["core_attn"] + forward["mlp"] * 2 // 3)  # not proj, not fc2
 
-    assert sum(counted.values()) - step == (dense_forward if importance == "contribution" else 0)
+    assert sum(counted.values()) - step == (look if importance == "contribution" else 0)
 
 
 def test_scores_cost_what_a_literal_count_of_their_operations_says():
     rows, columns, hidden = (8 + 4 + 4) * 8 + 96 + 96, 64 + 96, 64
-    forward = sum(layer_forward_flops(TINY, whole(TINY)).values())
+    forward = layer_forward_flops(TINY, whole(TINY))
+    seen = forward["qkv"] + forward["core_attn"] + 2 * hidden * (96 + 96)
     one_layer = {
         "uniform": 0,
         "magnitude": rows * hidden * 2,  # square, add
         "wanda": 2 * TOKENS * hidden * 2 + rows * hidden * 2,  # two inputs: square, add; then the products
         "maxip": 2 * TOKENS * hidden + rows * hidden * 2,
-        "contribution": TOKENS * forward + columns * TOKENS * 2 + columns * hidden * 2,
+        "contribution": TOKENS * seen + columns * TOKENS * 2 + columns * hidden * 2,
     }
 
     assert one_layer.keys() == METRICS.keys()
