@@ -20,8 +20,8 @@ dashes; flat, or under the headlines below. Of several files a later one overrid
 line all of them. `--print-config` prints the resolved configuration, which can be given back as a file; the same text
 is saved with the run.
 
-`--dry-run --world-size 32 --gpu a800 --gpus-per-host 8` beside the settings says what the run would be on that cluster, its
-memory included, and ends ([launching.md](launching.md)).
+`--dry-run --world-size 32 --gpu a800 --gpus-per-host 8` beside the settings says what the run would be on that cluster,
+its memory included, and ends ([launching.md](launching.md)).
 
 An empty default is decided by the machine, the layout or other settings, or there is none.
 """

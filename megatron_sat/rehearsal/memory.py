@@ -195,13 +195,13 @@ def layer_bytes(shape: ModelShape, kept: KeptShape, *, cut: Cut, size: Bytes, wo
     hidden, head = split * shape.hidden_size * size.weight, tokens * shape.kv_channels * size.weight
     heads, groups, channels = (number // cut.tensor for number in (kept.heads, kept.groups, kept.channels))
     wide = tokens * channels * size.weight
-    # fc1's output and fc2's input; without the fused kernel also σ(gate)
-    factor = (3 if work.fused_swiglu else 4) if shape.gated else 2
+    # fc1's output and fc2's input; without the fused kernel also σ(gate), and up after an offset of 0 is added to it
+    factor = (3 if work.fused_swiglu else 5) if shape.gated else 2
     return {
         "inputs": 2 * hidden + 2 * 4 * split,  # and each token's scale, fp32
         "layernorm": 2 * hidden,
         "qkv": head * ((heads + 2 * groups) + heads + groups),  # V is a view that keeps the projection alive
-        "core_attn": 4 * tokens * heads,  # the log of each sum, fp32
+        "core_attn": 4 * tokens * heads,  # the log of each sum, fp32; its output is proj's input
         "proj": head * heads,
         "mlp": factor * wide,
         "dropout": 2 * split * shape.hidden_size if work.dropout else 0,

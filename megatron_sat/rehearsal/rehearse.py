@@ -61,7 +61,7 @@ def take(argv: Sequence[str], *, world_size: int) -> tuple[Cluster | None, list[
         for name in ("world_size", "gpu", "gpus_per_host"):
             if getattr(asked, name) is not None:
                 said = "--" + name.replace("_", "-")
-                raise ValueError(f"{said} describes the cluster of a --dry-run, got it without; the launcher says it")
+                raise ValueError(f"{said} describes the cluster of a --dry-run, got it without; add --dry-run")
         return None, rest
     cluster = Cluster(
         gpu=asked.gpu or "a100",
@@ -103,7 +103,7 @@ def rehearse(cluster: Cluster, argv: Sequence[str]) -> int:
     if memory.total > cluster.usable:
         sys.stderr.write(f"error: {_too_much(memory, cluster=cluster)}\n")
         return cli.USAGE_ERROR
-    log.say(f"dry run: the settings fit together and onto {cluster.world_size} {cluster.gpu}; nothing was run")
+    log.say(f"dry run: the settings fit each other and {cluster.world_size} {cluster.gpu}; nothing was run")
     return 0
 
 
@@ -266,12 +266,13 @@ def _say_memory(memory: Memory, *, cluster: Cluster) -> None:
     rows = [[name, f"{number / GIB:.2f}"] for name, number in memory.rows()]
     log.table(f"memory of {where}, an estimate", ["part", "GiB"], rows)
     share = memory.total / cluster.kind.memory
-    log.say(f"{memory.total / GIB:.1f} GiB of {cluster.kind.memory / GIB:.1f}: {share:.0%} of a {cluster.gpu}")
+    log.say(f"{memory.total / GIB:.1f} GiB of {cluster.kind.memory / GIB:.1f}: {share:.0%} of the {cluster.gpu}")
 
 
 def _too_much(memory: Memory, *, cluster: Cluster) -> str:
+    article = "an" if cluster.gpu[0] in "ah" else "a"
     return (
-        f"a GPU must hold the estimate with room to spare ({cluster.usable / GIB:.1f} GiB of a {cluster.gpu}), "
+        f"a GPU must hold the estimate with room to spare ({cluster.usable / GIB:.1f} GiB of {article} {cluster.gpu}), "
         f"got {memory.total / GIB:.1f} GiB; try a smaller --micro-batch-size, --use-distributed-optimizer, more "
         "--tensor-model-parallel-size or --pipeline-model-parallel-size, or --recompute-granularity"
     )
