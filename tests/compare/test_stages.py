@@ -114,8 +114,9 @@ def test_the_marker_says_which_command_made_the_folder(count: Stage) -> None:
 def test_an_interrupted_stage_ends_its_command_and_stays_undone(jobs: int, tmp_path: Path) -> None:
     """Ctrl-C reaches this process alone here, as it does under a supervisor."""
     stage = f"""
-import os, pathlib, sys
+import os, pathlib, signal, sys
 from megatron_sat.compare.stages import Runner, Stage
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
 child = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(60)"
 here = pathlib.Path({str(tmp_path)!r})
 stage = Stage(name="long", folder=here / "stage", command=(sys.executable, "-c", child))
