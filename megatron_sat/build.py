@@ -19,9 +19,11 @@ from megatron_sat.data.blend import Datasets, build_datasets
 from megatron_sat.data.survey import epochs_per_domain
 from megatron_sat.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_sat.distributed import Layout, initialize_model_parallel
-from megatron_sat.engines import foreach
+from megatron_sat.engines import deepspeed, foreach
+from megatron_sat.engines.base import Engine
 from megatron_sat.engines.megatron import MegatronEngine
 from megatron_sat.engines.optim import describe_adam, make_optimizer_config
+from megatron_sat.engines.stretch import whole_shape, whole_weight
 from megatron_sat.layers import compiled, fused, rope
 from megatron_sat.layers.attach import attach_selectors
 from megatron_sat.layers.available import in_use
@@ -44,7 +46,7 @@ class Run:
     device: torch.device
     tokenizer: Tokenizer
     datasets: Datasets
-    engine: MegatronEngine
+    engine: Engine
     controller: Controller
     shape: ModelShape
     plan: Plan
@@ -62,6 +64,8 @@ def build_run(config: Config) -> Run:
     rope.install()
     compiled.install()
     foreach.install()
+    if config.engine == "deepspeed":
+        deepspeed.library()  # where it is missing, that is said before anything is read
     if config.transformer.get("deterministic_mode"):
         torch.use_deterministic_algorithms(True)  # megatron.core minds the mode in Transformer Engine alone
     parallel = config.parallel
@@ -85,7 +89,8 @@ def build_run(config: Config) -> Run:
     embedding = embedding_of(config.model, rows=config.model.rows(tokenizer.vocab_size, tp=parallel.tensor))
     chunks = build_chunks(transformer, embedding)
     rows = _new_rows(config, chunks, tokenizer=tokenizer, layout=layout)
-    attach_selectors(chunks, config=config.selection, layout=layout)
+    on_deepspeed = config.engine == "deepspeed"
+    attach_selectors(chunks, config=config.selection, layout=layout, whole=whole_weight if on_deepspeed else None)
     engine = _engine(config, chunks, transformer=transformer, layout=layout)
     if rows is not None:
         train_only(rows, chunks=engine.chunks, hold=engine.hold)
@@ -121,10 +126,10 @@ def introduce(run: Run) -> None:
             cuda=torch.cuda.is_available(),
             dtype=transformer["params_dtype"],
             gradient_accumulation_fusion=transformer["gradient_accumulation_fusion"],
-            optimizer=describe_adam(),
+            optimizer=deepspeed.describe(run.config.deepspeed) if run.config.deepspeed else describe_adam(),
         )
     )
-    parameters = sum(p.numel() for chunk in run.engine.chunks for p in chunk.parameters())
+    parameters = sum(whole_shape(p).numel() for chunk in run.engine.chunks for p in chunk.parameters())
     rows = run.new_rows
     if rows is not None:
         entries = f"{count_trained(rows):,} entries on rank 0"
@@ -154,13 +159,24 @@ def _device() -> torch.device:
 
 def _engine(
     config: Config, chunks: list[torch.nn.Module], *, transformer: TransformerConfig, layout: Layout
-) -> MegatronEngine:
+) -> Engine:
     ddp = DistributedDataParallelConfig(**config.ddp)
+    optimizer = make_optimizer_config(config.learning_rate, model=transformer, ddp=ddp, **config.optimizer)
+    if config.engine == "deepspeed":
+        return deepspeed.DeepSpeedEngine(
+            chunks,
+            layout=layout,
+            optimizer_config=optimizer,
+            learning_rate=config.learning_rate,
+            settings=config.deepspeed,
+            micro_batch_size=config.training.micro_batch_size,
+            check_for_nan=ddp.check_for_nan_in_grad,
+        )
     return MegatronEngine(
         chunks,
         layout=layout,
         ddp_config=ddp,
-        optimizer_config=make_optimizer_config(config.learning_rate, model=transformer, ddp=ddp, **config.optimizer),
+        optimizer_config=optimizer,
         learning_rate=config.learning_rate,
         seq_length=config.model.seq_length,
         micro_batch_size=config.training.micro_batch_size,

@@ -20,6 +20,7 @@ from torch.nn.init import xavier_uniform_
 from megatron_sat.data.blend import DataConfig
 from megatron_sat.engines.optim import LearningRateConfig
 from megatron_sat.flags.checks import check, prerequisites
+from megatron_sat.flags.deepspeed import deepspeed_settings
 from megatron_sat.flags.defaults import Machine, data_parallel_size, resolve
 from megatron_sat.flags.effects import refuse_idle, remarks, without_effect
 from megatron_sat.flags.fields import DTYPES, keywords
@@ -82,6 +83,8 @@ class Config:
     align_grad_reduce: bool
     """Pipeline stages start their gradient reductions together."""
     engine: str
+    deepspeed: dict[str, Any]
+    """DeepSpeed's own configuration; empty for another engine."""
     parallel: ParallelConfig
     model: ModelConfig
     learning_rate: LearningRateConfig
@@ -119,6 +122,7 @@ def compose(given: Settings, *, machine: Machine, world_size: int) -> Config:
         optimizer={k: v for k, v in keywords(OptimizerConfig, settings).items() if k not in _THE_MODEL_SAYS},
         align_grad_reduce=settings["align_grad_reduce"],
         engine=settings["engine"],
+        deepspeed=deepspeed_settings(settings, num_micro_batches=training.num_micro_batches),
         parallel=parallel,
         model=ModelConfig(**_named(ModelConfig, settings)),
         learning_rate=_learning_rate(settings, training=training),

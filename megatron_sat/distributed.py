@@ -119,6 +119,11 @@ def current_layout() -> Layout:
     )
 
 
+def declare_local_rank() -> None:
+    """Say LOCAL_RANK in the environment, for a library that insists on reading it there; as `read_launch` takes it."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+
+
 def leave(*, patience_seconds: float | None = None) -> None:
     """Wait for the others and take the process group down; a no-op without one.
 

@@ -4,9 +4,8 @@ A zero gradient is not enough: momentum and weight decay still move an entry. So
 weights that the inner torch optimizer steps on, and of every state tensor beside them, are copied before its
 step and written back after it. This costs one transient copy of what is held, and nothing where nothing is.
 
-Works on megatron.core's three wrappers of a torch optimizer: FP32Optimizer steps on the model's parameters,
-Float16OptimizerWithFloat16Params on fp32 copies, DistributedOptimizer on this rank's flat range of a parameter or of
-its fp32 copy. The model's own 16-bit weights follow, being rounded from copies that did not change.
+Where the optimizer has a parameter, whole or in part, `stretch` says. The model's own 16-bit weights follow, being
+rounded from copies that did not change.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,6 +23,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
 from megatron_sat.engines.base import Held
+from megatron_sat.engines.stretch import Find, Stretch, stretches_of_megatron
 
 
 def hold_entries(optimizer: MegatronOptimizer, *, entries: Callable[[], Iterable[Held]]) -> None:
@@ -37,7 +37,15 @@ def hold_entries(optimizer: MegatronOptimizer, *, entries: Callable[[], Iterable
         if getattr(wrapper, "is_stub_optimizer", False):
             continue
         _refuse_unknown(wrapper)
-        _Holder(wrapper, entries).attach()
+        hold_stretches(wrapper.optimizer, find=stretches_of_megatron(wrapper), entries=entries)
+
+
+def hold_stretches(optimizer: torch.optim.Optimizer, *, find: Find, entries: Callable[[], Iterable[Held]]) -> None:
+    """The same for one torch optimizer. entries: called before each of its steps, and there may be several an update
+    (DeepSpeed's go group by group); what the step's parameter groups do not hold is passed over."""
+    optimizer.register_step_pre_hook(lambda *_: holder.copy())
+    optimizer.register_step_post_hook(lambda *_: holder.write_back())
+    holder = _Holder(optimizer, find, entries)
 
 
 def _refuse_unknown(wrapper: MegatronOptimizer) -> None:
@@ -95,7 +103,7 @@ def pieces(start: int, end: int, *, columns: int) -> list[Piece]:
 class _Kept:
     """Copies of the held entries of one rectangle: of the weights, and of each state tensor there is."""
 
-    main: Tensor
+    stretch: Stretch
     piece: Piece
     dim: int
     index: Tensor
@@ -104,54 +112,51 @@ class _Kept:
 
 
 class _Holder:
-    """The two hooks on one inner torch optimizer, and what the first passes to the second."""
+    """What happens before and after a step of one torch optimizer, and what the first passes to the second."""
 
-    def __init__(self, wrapper: MegatronOptimizer, entries: Callable[[], Iterable[Held]]) -> None:
-        self._wrapper = wrapper
+    def __init__(self, optimizer: torch.optim.Optimizer, find: Find, entries: Callable[[], Iterable[Held]]) -> None:
+        self._optimizer = optimizer
+        self._find = find
         self._entries = entries
-        self._own = {id(main) for group in wrapper.optimizer.param_groups for main in group["params"]}
         self._kept: list[_Kept] = []
 
-    def attach(self) -> None:
-        self._wrapper.optimizer.register_step_pre_hook(lambda *_: self._copy())
-        self._wrapper.optimizer.register_step_post_hook(lambda *_: self._write_back())
-
     @torch.no_grad()
-    def _copy(self) -> None:
+    def copy(self) -> None:
+        own = {id(main) for group in self._optimizer.param_groups for main in group["params"]}
         for parameter, dim, index in self._entries():
-            main, start = _stepped_on(self._wrapper, parameter=parameter)
-            if main is None or id(main) not in self._own:
+            stretch = self._find(parameter)
+            if stretch is None or id(stretch.main) not in own:
                 continue
-            rows = parameter.shape[0]
-            columns = parameter.numel() // rows
-            index = index.to(main.device)
+            columns = stretch.shape.numel() // stretch.shape[0]
+            index = index.to(stretch.main.device)
             if index.dtype == torch.bool:
                 index = index.nonzero().flatten()
-            for piece in pieces(start, start + main.numel(), columns=columns):
+            for piece in pieces(stretch.start, stretch.start + stretch.length, columns=columns):
                 first, last = (piece.rows, piece.columns)[dim]
                 inside = index[(index >= first) & (index < last)] - first
                 if inside.numel():
-                    self._kept.append(self._copy_piece(main, piece=piece, dim=dim, index=inside))
+                    self._kept.append(self._copy_piece(stretch, piece=piece, dim=dim, index=inside))
 
-    def _copy_piece(self, main: Tensor, *, piece: Piece, dim: int, index: Tensor) -> _Kept:
+    def _copy_piece(self, stretch: Stretch, *, piece: Piece, dim: int, index: Tensor) -> _Kept:
         return _Kept(
-            main=main,
+            stretch=stretch,
             piece=piece,
             dim=dim,
             index=index,
-            weights=_view(main, piece=piece).index_select(dim, index),
+            weights=_view(stretch.of(stretch.main), piece=piece).index_select(dim, index),
             state={
-                name: _view(tensor, piece=piece).index_select(dim, index)
-                for name, tensor in self._state_of(main).items()
+                name: _view(stretch.of(tensor), piece=piece).index_select(dim, index)
+                for name, tensor in self._state_of(stretch.main).items()
             },
         )
 
     @torch.no_grad()
-    def _write_back(self) -> None:
+    def write_back(self) -> None:
         for kept in self._kept:
-            _view(kept.main, piece=kept.piece).index_copy_(kept.dim, kept.index, kept.weights)
-            for name, tensor in self._state_of(kept.main).items():
-                target = _view(tensor, piece=kept.piece)
+            stretch = kept.stretch
+            _view(stretch.of(stretch.main), piece=kept.piece).index_copy_(kept.dim, kept.index, kept.weights)
+            for name, tensor in self._state_of(stretch.main).items():
+                target = _view(stretch.of(tensor), piece=kept.piece)
                 if name in kept.state:
                     target.index_copy_(kept.dim, kept.index, kept.state[name])
                 else:  # the step that makes the state: what took no part in it has no history
@@ -160,7 +165,7 @@ class _Holder:
 
     def _state_of(self, main: Tensor) -> dict[str, Tensor]:
         """Optimizer state with a value for each entry: the moments, not the step count."""
-        state = self._wrapper.optimizer.state
+        state = self._optimizer.state
         if main not in state:
             return {}
         return {
@@ -168,24 +173,8 @@ class _Holder:
         }
 
 
-def _stepped_on(wrapper: MegatronOptimizer, *, parameter: torch.nn.Parameter) -> tuple[Tensor | None, int]:
-    """The tensor that the inner optimizer steps on for `parameter`, and the first element of it that it stands for.
-
-    None where this rank's shard of the optimizer has nothing of it.
-    """
-    if isinstance(wrapper, DistributedOptimizer):
-        if parameter not in wrapper.model_param_group_index_map:
-            return None, 0
-        group, order = wrapper.model_param_group_index_map[parameter]
-        main = wrapper.optimizer.param_groups[group]["params"][order]
-        return main, wrapper._get_model_param_range_map(parameter)["param"].start
-    if isinstance(wrapper, Float16OptimizerWithFloat16Params) and parameter.dtype != torch.float32:
-        return parameter.main_param, 0  # type: ignore[attr-defined]
-    return parameter, 0
-
-
-def _view(tensor: Tensor, *, piece: Piece) -> Tensor:
-    """The piece of a contiguous tensor, as [rows, columns]."""
+def _view(flat: Tensor, *, piece: Piece) -> Tensor:
+    """The piece of a flat range, as [rows, columns]."""
     rows = piece.rows[1] - piece.rows[0]
     columns = piece.columns[1] - piece.columns[0]
-    return tensor.detach().view(-1)[piece.start : piece.start + rows * columns].view(rows, columns)
+    return flat[piece.start : piece.start + rows * columns].view(rows, columns)

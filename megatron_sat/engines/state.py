@@ -30,6 +30,9 @@ CONTENT_METADATA: Mapping[str, Any] = {
 
 _OF_THE_RATE = ("max_lr", "min_lr", "start_wd", "end_wd")
 
+Pairs = list[tuple[dict[str, Any], dict[str, Any]]]
+"""Saved and current parameter groups."""
+
 
 def model_key(index: int, *, of: int) -> str:
     """Megatron-LM's name for a model chunk in a state: "model", or "model0", "model1", ... of an interleaved
@@ -66,15 +69,32 @@ def complaint(
 ) -> str | None:
     """Why this optimizer and schedule cannot go on from the unsharded part of a checkpoint, or None. Touches
     nothing."""
-    if "optimizer" not in saved or "opt_param_scheduler" not in saved:
-        return (
-            "the checkpoint has no optimizer state; pass --no-load-optim, or --finetune for a new run from its weights"
-        )
+    if (missing := missing_state(saved)) is not None:
+        return missing
     if (theirs := _kind_saved(saved["optimizer"])) != (ours := _kind(optimizer)):
         return (
             f"the optimizer state must be of this run's kind ({ours}), the checkpoint's is {theirs}; set "
-            "precision and --use-distributed-optimizer as they were, or pass --no-load-optim"
+            "--engine, precision and --use-distributed-optimizer as they were, or pass --no-load-optim"
         )
+    pairs = _pairs(saved["optimizer"], optimizer=optimizer)
+    return other_rates(saved, pairs=pairs, scheduler=scheduler, learning_rate=learning_rate)
+
+
+def missing_state(saved: Mapping[str, Any]) -> str | None:
+    """A complaint about a checkpoint without an optimizer; None of any other."""
+    if "optimizer" in saved and "opt_param_scheduler" in saved:
+        return None
+    return "the checkpoint has no optimizer state; pass --no-load-optim, or --finetune for a new run from its weights"
+
+
+def other_rates(
+    saved: Mapping[str, Any],
+    *,
+    pairs: Pairs,
+    scheduler: OptimizerParamScheduler,
+    learning_rate: LearningRateConfig,
+) -> str | None:
+    """Why a saved schedule is not this run's, or None. pairs: saved and current parameter groups."""
     if learning_rate.override_opt_param_scheduler or learning_rate.use_checkpoint_opt_param_scheduler:
         return None
     way_out = (
@@ -84,7 +104,7 @@ def complaint(
         if name != "num_steps" and saved["opt_param_scheduler"].get(name, value) != value:
             old = saved["opt_param_scheduler"][name]
             return f"{name} of the schedule must be the checkpoint's ({old}), got {value}; {way_out}"
-    for before, now in _pairs(saved["optimizer"], optimizer=optimizer):
+    for before, now in pairs:
         for name in _OF_THE_RATE:
             old, new = before.get(name), now.get(name)
             if old != new:
@@ -109,12 +129,23 @@ def take_back(
         return
     # megatron.core pairs groups by their rates (0.19) and then takes the saved ones over (both): settle first
     # whose count
-    for before, now in _pairs(state["optimizer"], optimizer=optimizer):
+    settle_rates(_pairs(state["optimizer"], optimizer=optimizer), learning_rate=learning_rate)
+    optimizer.load_state_dict(state["optimizer"])
+    restore_schedule(scheduler, saved=state["opt_param_scheduler"])
+
+
+def settle_rates(pairs: Pairs, *, learning_rate: LearningRateConfig) -> None:
+    """Give both of each pair of parameter groups the rates that count: the checkpoint's where it is asked for, else
+    this run's."""
+    for before, now in pairs:
         source, target = (before, now) if learning_rate.use_checkpoint_opt_param_scheduler else (now, before)
         target.update({name: source[name] for name in _OF_THE_RATE if name in source})
-    optimizer.load_state_dict(state["optimizer"])
+
+
+def restore_schedule(scheduler: OptimizerParamScheduler, *, saved: Mapping[str, Any]) -> None:
+    """Put the schedule where the saved one was, and write its rates into the parameter groups."""
     scheduler.num_steps = 0  # its load_state_dict adds the saved count to the present one
-    scheduler.load_state_dict(state["opt_param_scheduler"])
+    scheduler.load_state_dict(dict(saved))
     scheduler.step(0)  # and writes the groups before it has taken the saved weight decay
 
 
@@ -130,6 +161,8 @@ def _kind(optimizer: MegatronOptimizer) -> str:
 
 
 def _kind_saved(saved: Mapping[Any, Any]) -> str:
+    if "engine" in saved:
+        return str(saved["engine"])
     if "param_groups" in saved:
         return "fp32"
     if "param_state_sharding_type" in saved:
@@ -140,7 +173,7 @@ def _kind_saved(saved: Mapping[Any, Any]) -> str:
     return _kind_saved(first) if isinstance(first, Mapping) else "unknown"
 
 
-def _pairs(saved: Any, *, optimizer: MegatronOptimizer) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def _pairs(saved: Any, *, optimizer: MegatronOptimizer) -> Pairs:
     """Saved and current parameter groups, pairwise, over all inner optimizers."""
     lists: list[Groups] = list(saved_group_lists(saved))
     return [

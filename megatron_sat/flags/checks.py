@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from megatron_sat.flags.deepspeed import check_engine
 from megatron_sat.flags.defaults import Machine, data_parallel_size
 from megatron_sat.flags.effects import grouped_queries
 from megatron_sat.flags.flag import Settings, dashed
@@ -104,8 +105,7 @@ def _up(number: int, multiple: int) -> int:
 
 
 def _check_program(s: Settings) -> None:
-    if s["engine"] != "megatron":
-        raise ValueError(f"--engine must be megatron, {s['engine']} is not in this release; leave --engine out")
+    check_engine(s)
     if s["ckpt_format"] != "torch_dist":
         raise ValueError(
             f"--ckpt-format must be torch_dist, which fits any parallel layout, got {s['ckpt_format']}; leave it out"

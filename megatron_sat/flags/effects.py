@@ -87,6 +87,9 @@ METHOD: tuple[Rule, ...] = (
         beside="without --train-only new-embeddings",
     ),
     Rule(
+        keys="zero_stage deepspeed_config", idle=lambda s: s["engine"] != "deepspeed", beside="without --engine deepspeed"
+    ),
+    Rule(
         keys="layer_graphs",
         idle=lambda s: s["layer_graphs"] and bool(against_layer_graphs(s)),
         beside="with model parallelism, recomputation, dropout, biases, or --overlap-param-gather",

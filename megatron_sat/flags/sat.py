@@ -77,6 +77,8 @@ LOGGING: tuple[Flag, ...] = (
 
 TRAINING: tuple[Flag, ...] = (
     option("engine", choices=("megatron", "deepspeed"), default="megatron", help="what moves the gradients"),
+    option("zero_stage", "int", choices=(0, 1, 2, 3), help="of --engine deepspeed; 1, or what its file says"),
+    option("deepspeed_config", "str", "--deepspeed_config", help="JSON file that tunes --engine deepspeed"),
     switch("layer_graphs", help="record a layer once a rung and replay it; by CUDA graphs"),
     option(
         "train_only",

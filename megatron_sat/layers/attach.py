@@ -13,18 +13,26 @@ from torch.nn import Module
 
 from megatron_sat.distributed import Layout
 from megatron_sat.layers.attention import SparseSelfAttention
+from megatron_sat.layers.linear import SparseColumnParallelLinear, SparseRowParallelLinear
 from megatron_sat.layers.mlp import SparseMLP
 from megatron_sat.layers.sparse import SparsePair
 from megatron_sat.sparsity.importance import Needs
 from megatron_sat.sparsity.neurons import Channels, Heads, Neurons
 from megatron_sat.sparsity.selector import Place, SelectionConfig, Selector, Weights
 
+Whole = Callable[[Tensor], Tensor]
+"""A weight with all its values, where this rank may have been left a shard of them. Collective over the replicas."""
+
 _Plan = tuple[Neurons, Literal["attention", "mlp"], int, int]
 """Neurons, kind, selection groups in the shard, multiple."""
 
 
-def attach_selectors(chunks: Iterable[Module], *, config: SelectionConfig, layout: Layout) -> int:
+def attach_selectors(
+    chunks: Iterable[Module], *, config: SelectionConfig, layout: Layout, whole: Whole | None = None
+) -> int:
     """Give every sparse attention and MLP of this rank's model chunks a selector; returns how many there are.
+
+    whole: for an engine that leaves weights in shards; without it they come through the hooks of Megatron's DDP.
 
     Raises ValueError where selection groups or the channel multiple do not fit this TP size, these query
     groups or channels, and for settings of the model under which a choice could not be made or would not be
@@ -36,12 +44,16 @@ def attach_selectors(chunks: Iterable[Module], *, config: SelectionConfig, layou
             number = getattr(layer, "layer_number", None)
             for module in (getattr(layer, "self_attention", None), getattr(layer, "mlp", None)):
                 if isinstance(module, SparsePair) and number is not None:
-                    module.selector = build_selector(module, layer=number, config=config, layout=layout)
+                    module.selector = build_selector(
+                        module, layer=number, config=config, layout=layout, whole=whole
+                    )
                     count += 1
     return count
 
 
-def build_selector(module: SparsePair, *, layer: int, config: SelectionConfig, layout: Layout) -> Selector:
+def build_selector(
+    module: SparsePair, *, layer: int, config: SelectionConfig, layout: Layout, whole: Whole | None = None
+) -> Selector:
     """The selector of one module of global layer ``layer`` (from 1)."""
     _refuse(module.config)
     column, row = module.linear_pair()
@@ -62,9 +74,19 @@ def build_selector(module: SparsePair, *, layer: int, config: SelectionConfig, l
         neurons,
         place=place,
         config=config,
-        weights=Weights(column=lambda: column.weight, row=lambda: row.weight, arrive=lambda: _wait_for(column, row)),
+        weights=_weights(column, row, whole=whole),
         add_ranks=_adder(config, layout, sequence_parallel=module.config.sequence_parallel),
     )
+
+
+def _weights(
+    column: SparseColumnParallelLinear, row: SparseRowParallelLinear, *, whole: Whole | None
+) -> Weights:
+    """The parameters themselves, not the layers' attributes: ZeRO-3 takes asking a layer for use, and gathers."""
+    columns, rows = column.weight, row.weight
+    if whole is not None:
+        return Weights(column=lambda: columns, row=lambda: rows, whole=whole)
+    return Weights(column=lambda: columns, row=lambda: rows, arrive=lambda: _wait_for(column, row))
 
 
 def _wait_for(*layers: Module) -> None:

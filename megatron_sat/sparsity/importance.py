@@ -34,6 +34,8 @@ class Metric:
 
     The weight is [k, h], the rows of fc1 or qkv; for activations [h, k], the columns of fc2 or proj.
     """
+    reads_weight: bool = True
+    """Whether it looks at the weight's values, and not only at its shape."""
 
 
 def no_sums(tokens: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ def _inner(weight: Tensor, vector: Tensor) -> Tensor:
 
 
 METRICS: dict[str, Metric] = {
-    "uniform": Metric(needs="nothing", sums=no_sums, score=uniform),
+    "uniform": Metric(needs="nothing", sums=no_sums, score=uniform, reads_weight=False),
     "magnitude": Metric(needs="nothing", sums=no_sums, score=magnitude),
     "wanda": Metric(needs="inputs", sums=token_square_sums, score=wanda),
     "maxip": Metric(needs="inputs", sums=token_sums, score=maxip),

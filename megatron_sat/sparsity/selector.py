@@ -107,6 +107,9 @@ class Weights:
     """fc2 or proj, [h, columns]: a neuron is some of its columns."""
     arrive: Callable[[], None] = lambda: None
     """Waits for what other ranks still send of the two; called before they are scored, and then alone."""
+    whole: Callable[[Tensor], Tensor] = lambda weight: weight
+    """One of the two with all its values, where this rank may have been left a shard of them; called on the one that
+    is scored, and then alone."""
 
 
 class Selector:
@@ -129,6 +132,8 @@ class Selector:
         self.neurons, self.place, self.config = neurons, place, config
         self._metric = METRICS[config.importance]
         self._weights, self._add_ranks = weights, add_ranks
+        self._scored = weights.row if self._metric.needs == "activations" else weights.column
+        self._scored_shape = self._scored().shape  # now: a weight that is left in shards has none later
         self._take_noise: Take
         self.draw_with(Noise())
         self.packing: Packing | None = None
@@ -311,8 +316,7 @@ class Selector:
 
     @property
     def _sums_width(self) -> int:
-        weight = self._weights.row if self._metric.needs == "activations" else self._weights.column
-        return weight().size(1)
+        return self._scored_shape[1]
 
     def _gather(self, tokens: Tensor, activations: Callable[[], Tensor]) -> Tensor:
         needs = self._metric.needs
@@ -323,10 +327,11 @@ class Selector:
         assert self._wanted is not None
         draw, count = self._wanted
         self._weights.arrive()
-        if self._metric.needs == "activations":
-            scores = self.neurons.scores_of_columns(self._metric.score(self._weights.row(), sums))
-        else:
-            scores = self.neurons.scores_of_rows(self._metric.score(self._weights.column(), sums))
+        weight = self._scored()
+        shape_alone = weight.new_empty(()).expand(self._scored_shape)
+        scores = self._metric.score(self._weights.whole(weight) if self._metric.reads_weight else shape_alone, sums)
+        by_columns = self._metric.needs == "activations"
+        scores = self.neurons.scores_of_columns(scores) if by_columns else self.neurons.scores_of_rows(scores)
         index = select(
             scores,
             groups=self.place.groups,

@@ -50,10 +50,6 @@ def test_what_everything_else_needs_is_asked_for_first(capsys, more, without, sa
     ("more", "said"),
     [
         (
-            "--engine deepspeed",
-            "--engine must be megatron, deepspeed is not in this release; leave --engine out",
-        ),
-        (
             "--ckpt-format torch",
             "--ckpt-format must be torch_dist, which fits any parallel layout, got torch; leave",
         ),
