@@ -25,10 +25,12 @@ from megatron_sat.flags.defaults import Machine, data_parallel_size, resolve
 from megatron_sat.flags.effects import refuse_idle, remarks, without_effect
 from megatron_sat.flags.fields import DTYPES, keywords
 from megatron_sat.flags.flag import Settings
+from megatron_sat.flags.safety import check_bad_steps
 from megatron_sat.flags.table import table
 from megatron_sat.model.settings import ModelConfig
 from megatron_sat.sparsity.schedule import ScheduleConfig, parse_rate
 from megatron_sat.sparsity.selector import SelectionConfig
+from megatron_sat.training.guard import GuardConfig
 from megatron_sat.training.settings import CheckpointConfig, LoggingConfig, TrainingConfig
 
 _THE_MODEL_SAYS = ("fp16", "bf16", "use_distributed_optimizer", "overlap_param_gather")
@@ -89,6 +91,7 @@ class Config:
     model: ModelConfig
     learning_rate: LearningRateConfig
     training: TrainingConfig
+    guard: GuardConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     tokenizer: TokenizerConfig
@@ -113,6 +116,7 @@ def compose(given: Settings, *, machine: Machine, world_size: int) -> Config:
     settings = resolve(given, machine=machine, world_size=world_size)
     refuse_idle(settings, given=given)
     check(settings, given=given, machine=machine, world_size=world_size)
+    check_bad_steps(settings, given=given)
     parallel = _parallel(settings, world_size=world_size)
     training = _training(settings, replicas=parallel.data)
     idle = without_effect(settings)
@@ -127,6 +131,7 @@ def compose(given: Settings, *, machine: Machine, world_size: int) -> Config:
         model=ModelConfig(**_named(ModelConfig, settings)),
         learning_rate=_learning_rate(settings, training=training),
         training=training,
+        guard=GuardConfig(**_named(GuardConfig, settings)),
         checkpoint=CheckpointConfig(**_named(CheckpointConfig, settings)),
         logging=LoggingConfig(**_named(LoggingConfig, settings)),
         tokenizer=TokenizerConfig(kind=settings["tokenizer_type"], model=settings["tokenizer_model"]),

@@ -4,6 +4,7 @@
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -117,6 +118,13 @@ def current_layout() -> Layout:
         dp_cp_group=ps.get_data_parallel_group(with_context_parallel=True),
         model_group=ps.get_model_parallel_group(),
     )
+
+
+def highest(numbers: Sequence[float], *, device: torch.device) -> list[float]:
+    """The highest of each number over all ranks; one small collective."""
+    told = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return told.tolist()
 
 
 def declare_local_rank() -> None:

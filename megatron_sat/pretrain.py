@@ -2,11 +2,15 @@
 
 In the folder of ``--save`` besides the checkpoints: ``config.yaml`` (resolved), ``plan.json``, ``metrics.jsonl``
 (unless ``--log-jsonl`` says where) and ``visits.npz`` (how often each neuron was kept).
+
+Exit codes: 0 the run is at its end, or was asked to stop by file or flag; 2 cannot be obeyed; 3 a step that cannot be
+trusted (`training.response`); 4 a checkpoint that could not be written; ``--requeue-exit-code`` a signal asked it to
+make room. Anything else is a crash.
 """
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +20,32 @@ import torch.distributed as dist
 from megatron_sat import cli, distributed, log, plan
 from megatron_sat.build import Run, build_run, introduce
 from megatron_sat.checkpoint.folder import RELEASE, TRACKER
-from megatron_sat.checkpoint.header import Header, plain
-from megatron_sat.checkpoint.resume import LoadConfig, load_checkpoint, open_checkpoint, save_checkpoint
-from megatron_sat.data.batch import Batch, EvaluationBatches, build_train_iterator, cut_for_context_parallel
+from megatron_sat.checkpoint.header import Header, changes
+from megatron_sat.checkpoint.resume import (
+    Checkpoint,
+    LoadConfig,
+    NotSaved,
+    Resumed,
+    load_checkpoint,
+    open_checkpoint,
+    save_checkpoint,
+)
+from megatron_sat.data.batch import Batch
 from megatron_sat.engines.base import StepResult
 from megatron_sat.model.flops import step_flops, whole
 from megatron_sat.rehearsal.rehearse import rehearsal
+from megatron_sat.training.guard import Finding, Guard
 from megatron_sat.training.imported import check_import
 from megatron_sat.training.loop import Extent, Moments, Progress, train
-from megatron_sat.training.metrics import Console, JsonLines, Meter, Sink, StepFigures, TensorBoard, Totals
+from megatron_sat.training.metrics import Meter, StepFigures, Totals, open_sinks
+from megatron_sat.training.reading import Reader
+from megatron_sat.training.requests import Requests, Wish
+from megatron_sat.training.response import BadStep, Response, Samples, worst_micro_batch
 from megatron_sat.training.state import restore_choices, whole_choices, whole_visits
 from megatron_sat.training.visits import save_visits
 
+BAD_STEP, NOT_SAVED = 3, 4
+"""Exit codes of a run that a step ended, or a checkpoint that could not be written."""
 PATIENCE_SECONDS = 10.0
 """How long a rank that must give up waits for the others to say why, before it ends and takes them along."""
 
@@ -50,9 +68,15 @@ def main(argv: Sequence[str]) -> int:
             sys.stderr.write(f"error: {error}\n")
         distributed.leave(patience_seconds=PATIENCE_SECONDS)
         return cli.USAGE_ERROR
-    session.train()
+    try:
+        code = session.train()
+    except (BadStep, NotSaved) as problem:
+        if launch.rank == 0:
+            sys.stderr.write(f"error: {problem}\n")
+        distributed.leave(patience_seconds=PATIENCE_SECONDS)
+        return BAD_STEP if isinstance(problem, BadStep) else NOT_SAVED
     distributed.leave()
-    return 0
+    return code
 
 
 class Session:
@@ -62,14 +86,27 @@ class Session:
         """Resume where there is something to resume. Raises ValueError for a checkpoint that does not fit."""
         self.run, self.config = run, run.config
         self.meter = Meter(num_devices=dist.get_world_size())
+        training = self.config.training
+        self.reader = Reader(layout=run.layout, device=run.device, micro_batch_size=training.micro_batch_size)
+        self.requests = Requests(self.folder if dist.get_rank() == 0 else None)
+        self.wish = Wish.NOTHING
         introduce(run)
+        self.guard = Guard(self.config.guard)
+        self.response = Response(self.guard, engine=run.engine, controller=run.controller, roll_back=self._rolled_back)
+        self.newest: tuple[Path, int] | None = None
         self.progress = self._resumed()
         plan.show(run.plan)
-        self.sinks = self._open_sinks()
-        self.valid = self._evaluations(run.datasets.valid)
+        self.sinks = open_sinks(
+            jsonl=self.config.logging.log_jsonl,
+            tensorboard=self.config.logging.tensorboard_dir,
+            resume_step=self.progress.iteration,
+            beside=self._leave_settings,
+        )
+        samples = training.eval_iters * training.global_batch_size
+        self.valid = self.reader.evaluations(run.datasets.valid, max_samples=samples, multiple=self._passed_on)
 
-    def train(self) -> None:
-        """To the end, or to an exit condition."""
+    def train(self) -> int:
+        """To the end, or to an exit condition. Returns the exit code. Raises BadStep where a step ends the run."""
         training, logging, checkpoint = self.config.training, self.config.logging, self.config.checkpoint
         extent = Extent(
             train_iters=training.train_iters,
@@ -88,34 +125,40 @@ class Session:
             evaluate=self.evaluate,
             save=self.save,
             should_stop=self.should_stop,
+            should_save=lambda: self.wish is Wish.SAVE,
         )
-        self.progress = train(
-            self.run.engine,
-            self.run.controller,
-            progress=self.progress,
-            extent=extent,
-            batches=self.batches,
-            moments=moments,
-        )
+        with self.requests.listening(training.listens_to):
+            self.progress = train(
+                self.run.engine,
+                self.run.controller,
+                progress=self.progress,
+                extent=extent,
+                batches=self.batches,
+                moments=moments,
+            )
+        asked = self.wish is Wish.REQUEUE and self.progress.iteration < training.train_iters
+        return training.requeue_exit_code if asked else 0
 
     def batches(self, consumed_samples: int) -> Iterator[Batch]:
-        """This rank's training micro-batches from there on, cut for context parallelism."""
-        layout = self.run.layout
-        assert self.run.datasets.train is not None
-        read = build_train_iterator(
-            self.run.datasets.train,
-            micro_batch_size=self.config.training.micro_batch_size,
-            dp_rank=layout.dp_rank,
-            dp_size=layout.dp_size,
-            consumed_samples=consumed_samples,
-            num_workers=self.config.data.num_workers,
-            device=self.run.device,
-        )
-        return (cut_for_context_parallel(b, cp_rank=layout.cp_rank, cp_size=layout.cp_size) for b in read)
+        """This rank's training micro-batches from there on."""
+        dataset = self.run.datasets.train
+        assert dataset is not None
+        workers = self.config.data.num_workers
+        return self.reader.train(dataset, consumed_samples=consumed_samples, num_workers=workers)
 
     def stepped(self, step: int, result: StepResult, seconds: float) -> None:
-        """Enter the step's figures; the time is rank 0's, so that all ranks carry the same totals."""
+        """Enter the step's figures, and agree on all that the ranks must do alike.
+
+        One collective carries rank 0's time, so that all ranks carry the same totals, what each rank was asked for,
+        and what it finds wrong. Raises BadStep where a step ends the run.
+        """
         run = self.run
+        seconds, wish, finding = distributed.highest(
+            [seconds if dist.get_rank() == 0 else 0.0, self.requests.look(), self.guard.found(result)],
+            device=run.device,
+        )
+        self.wish = Wish(int(wish))
+        self.response.settle(step, finding=Finding(int(finding)), result=result, where=lambda: self._culprits(step))
         planned = run.plan.at(step)
         tokens = self.config.training.global_batch_size * self.config.model.seq_length
         self.meter.add(
@@ -125,7 +168,7 @@ class Session:
                 grad_norm=result.grad_norm,
                 learning_rate=result.learning_rate,
                 skipped=result.skipped,
-                seconds=self._of_rank_0(seconds),
+                seconds=seconds,
                 tokens=tokens,
                 nominal_rate=float(planned.rung.rate),
                 omission_rates=run.controller.omission_rates(step),
@@ -142,7 +185,7 @@ class Session:
     def evaluate(self, step: int) -> None:
         """The dense loss of every validation domain."""
         losses = {
-            name: self.run.engine.evaluate(self._cut(batches), num_micro_batches=len(batches)).loss
+            name: self.run.engine.evaluate(self.reader.cut(batches), num_micro_batches=len(batches)).loss
             for name, batches in self.valid.items()
         }
         for sink in self.sinks if losses else ():
@@ -162,30 +205,56 @@ class Session:
                 tokenizer=run.tokenizer.fingerprint,
                 data=self._order,
                 config=self.config.settings,
-                extra={"totals": self.meter.totals.state()},
+                extra={"totals": self.meter.totals.state(), "guard": self.guard.state()},
             ),
             tensors=whole_choices(run.controller.selectors, layout=run.layout),
             layout=run.layout,
             with_optimizer=checkpoint.save_optim,
             with_rng=checkpoint.save_rng,
-            keep_last=checkpoint.save_keep_last,
+            keep_last=None if self.guard.suspicious else checkpoint.save_keep_last,
         )
+        self.newest = (self.folder, progress.iteration)
         visits = whole_visits(run.controller.selectors, layout=run.layout)
         if dist.get_rank() == 0:
             save_visits(self.folder / "visits.npz", visits, steps=progress.iteration)
             log.say(f"step {progress.iteration:>6} | saved to {self.folder}")
 
     def should_stop(self, minutes: float) -> bool:
-        """Whether ``--exit-duration-in-mins`` has passed, by rank 0's clock."""
+        """Whether someone asked for it, or ``--exit-duration-in-mins`` has passed, by rank 0's clock."""
+        if self.wish >= Wish.STOP:
+            log.say(f"asked to stop by {'signal' if self.wish is Wish.REQUEUE else 'file'}: saving and ending")
+            return True
         limit = self.config.training.exit_duration_in_mins
         if limit is None:
             return False
-        return self._of_rank_0(minutes) > limit
+        (passed,) = distributed.highest([minutes if dist.get_rank() == 0 else 0.0], device=self.run.device)
+        return passed > limit
 
-    def _of_rank_0(self, number: float) -> float:
-        told = torch.tensor([number], dtype=torch.float64, device=self.run.device)
-        dist.broadcast(told, src=0)
-        return told.item()
+    # -- steps that cannot be trusted
+
+    def _culprits(self, step: int) -> str:
+        batch, datasets = self.config.training.global_batch_size, self.run.datasets
+        assert datasets.train is not None
+        return worst_micro_batch(
+            self.run.engine,
+            layout=self.run.layout,
+            samples=Samples(
+                dataset=datasets.train,
+                names={holding.prefix: holding.name for holding in datasets.survey.train},
+                micro_batch_size=self.config.training.micro_batch_size,
+                dp_size=self.run.layout.dp_size,
+            ),
+            first=self.progress.consumed_samples + (step - 1 - self.progress.iteration) * batch,
+        )
+
+    def _rolled_back(self) -> int | None:
+        """Put the newest checkpoint of this run back into the engine; its step, or None where there is none yet."""
+        if self.newest is None:
+            return None
+        root, step = self.newest
+        resumed = self._load(open_checkpoint(root, step=step), LoadConfig())
+        restore_choices(self.run.controller.selectors, saved=resumed.tensors, layout=self.run.layout)
+        return resumed.iteration
 
     # -- where it comes from
 
@@ -213,26 +282,30 @@ class Session:
             log.say(f"{root} holds no checkpoint: this run starts afresh")
             return Progress()
         opened = open_checkpoint(root, step=checkpoint.ckpt_step)
-        resumed = load_checkpoint(
-            opened,
-            trainer=run.engine,
-            layout=run.layout,
-            tokenizer=run.tokenizer.fingerprint,
-            data=self._order,
-            config=LoadConfig(
-                finetune=checkpoint.finetune,
-                no_load_optim=not checkpoint.load_optim,
-                no_load_rng=not checkpoint.load_rng,
-            ),
+        how = LoadConfig(
+            finetune=checkpoint.finetune, no_load_optim=not checkpoint.load_optim, no_load_rng=not checkpoint.load_rng
         )
+        resumed = self._load(opened, how)
         if opened.header is not None and not checkpoint.finetune:
-            self._say_what_changed(opened.header.config)
+            for key, before, now in changes(opened.header.config, now=self.config.settings, prefix="sat_"):
+                log.say(f"note: {key} was {before} in the checkpoint's run and is {now} from here on")
         restore_choices(run.controller.selectors, saved=resumed.tensors, layout=run.layout)
         self.meter.totals = Totals(**resumed.extra.get("totals", {}))
+        self.guard.restore(resumed.extra.get("guard", {}))
+        if resumed.iteration:
+            self.newest = (root, resumed.iteration)
         log.say(f"resumed from {opened.folder} at step {resumed.iteration}")
         if opened.folder.name == RELEASE:
             self._check_import(root)
         return Progress(iteration=resumed.iteration, consumed_samples=resumed.consumed_train_samples)
+
+    def _load(self, opened: Checkpoint, how: LoadConfig) -> Resumed:
+        """Into the engine; collective. Raises ValueError where the checkpoint does not fit."""
+        run = self.run
+        token = run.tokenizer.fingerprint
+        return load_checkpoint(
+            opened, trainer=run.engine, layout=run.layout, tokenizer=token, data=self._order, config=how
+        )
 
     def _check_import(self, root: Path) -> None:
         """Say the loss of an imported model beside Hugging Face's. Raises ValueError where they are apart."""
@@ -258,13 +331,6 @@ class Session:
             return 1
         return self.config.transformer.get("microbatch_group_size_per_vp_stage") or self.config.parallel.pipeline
 
-    def _say_what_changed(self, before: Mapping[str, Any]) -> None:
-        """The method's settings that a resumed run changes: allowed, and worth a line each."""
-        now = plain(self.config.settings)
-        for key in sorted({*before, *now}):
-            if key.startswith("sat_") and before.get(key) != now.get(key):
-                log.say(f"note: {key} was {before.get(key)} in the checkpoint's run and is {now.get(key)} from here on")
-
     # -- where things go
 
     @property
@@ -272,54 +338,8 @@ class Session:
         """The folder of ``--save``."""
         return None if self.config.checkpoint.save is None else Path(self.config.checkpoint.save)
 
-    def _open_sinks(self) -> list[Sink]:
-        """Rank 0's console and files; none elsewhere. Raises ValueError on all ranks for what cannot be written."""
-        sinks: list[Sink] = []
-        problem: list[str | None] = [None]
-        if dist.get_rank() == 0:
-            try:
-                sinks = self._files()
-            except OSError as error:
-                what = f"what a run leaves behind must be writable, {error.filename} is not: {error.strerror}"
-                problem[0] = f"{what}; choose another --save, --log-jsonl or --tensorboard-dir"
-            except ValueError as error:
-                problem[0] = str(error)
-        dist.broadcast_object_list(problem, src=0)
-        if problem[0] is not None:
-            raise ValueError(problem[0])
-        return sinks
-
-    def _files(self) -> list[Sink]:
-        """On one rank: what the run writes to, earlier figures after the resumed step taken out."""
-        logging, step = self.config.logging, self.progress.iteration
-        sinks: list[Sink] = [Console()]
-        if logging.log_jsonl is not None:
-            sinks.append(JsonLines(Path(logging.log_jsonl), resume_step=step))
-        if logging.tensorboard_dir is not None:
-            sinks.append(TensorBoard(Path(logging.tensorboard_dir), resume_step=step))
+    def _leave_settings(self) -> None:
+        """Write down what this run is, on one rank."""
         if self.folder is not None:
             cli.save_resolved(self.config, self.folder / "config.yaml")
             (self.folder / "plan.json").write_text(json.dumps(self.run.plan.as_dict(), indent=1) + "\n")
-        return sinks
-
-    def _evaluations(self, sets: dict) -> dict[str, EvaluationBatches]:
-        """By domain, what an evaluation reads: ``--eval-iters`` global batches, or all where there are fewer."""
-        training, layout = self.config.training, self.run.layout
-        return {
-            name: EvaluationBatches(
-                dataset,
-                micro_batch_size=training.micro_batch_size,
-                dp_rank=layout.dp_rank,
-                dp_size=layout.dp_size,
-                max_samples=training.eval_iters * training.global_batch_size,
-                num_workers=0,
-                device=self.run.device,
-                multiple=self._passed_on,
-            )
-            for name, dataset in sets.items()
-            if training.eval_iters
-        }
-
-    def _cut(self, batches: EvaluationBatches) -> Iterator[Batch]:
-        layout = self.run.layout
-        return (cut_for_context_parallel(b, cp_rank=layout.cp_rank, cp_size=layout.cp_size) for b in batches)

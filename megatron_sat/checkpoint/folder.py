@@ -3,10 +3,13 @@
     SAVE/iter_0000100/                      one checkpoint
     SAVE/latest_checkpointed_iteration.txt  the newest, written last
 
-A checkpoint is written under another name and renamed when it is whole, so a crash leaves no half of one that
-looks like one. Everything here runs in one process; who calls it on many ranks lets one of them do it.
+A checkpoint is written under another name and renamed when it is whole, and one that has to go is renamed before it is
+deleted, so a crash at any moment leaves no half of one that looks like one, and the tracker never names one that is
+not there: where a checkpoint is written anew, the old one stands aside until the tracker names the new one.
+Everything here runs in one process; who calls it on many ranks lets one of them do it.
 """
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +18,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 _NAME = re.compile(r"iter_(\d{7,})")
 _UNFINISHED = ".unfinished"
+_ASIDE = ".aside"
 
 
 def folder_of(root: Path, iteration: int) -> Path:
@@ -48,6 +52,9 @@ def find(root: Path, *, step: int | None) -> tuple[Path, int | None]:
     if step is None:
         step = _newest(root)
     folder = root / RELEASE if step is None else folder_of(root, step)
+    aside = Path(f"{folder}{_ASIDE}")
+    if not folder.exists() and (aside / "metadata.json").is_file():  # a crash between the two renames of `finish`
+        folder = aside
     if not (folder / "metadata.json").is_file():
         state = "was never finished" if folder.is_dir() else "is not there"
         raise ValueError(f"--load needs a whole checkpoint, {folder} {state}; {_whole(root)}")
@@ -81,6 +88,12 @@ def begin(root: Path, iteration: int) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     for path in root.glob(f"iter_*{_UNFINISHED}"):
         shutil.rmtree(path)
+    for path in root.glob(f"iter_*{_ASIDE}"):
+        whole = path.with_name(path.name.removesuffix(_ASIDE))
+        if whole.exists():
+            _remove(path)
+        else:
+            path.rename(whole)
     folder = unfinished_of(root, iteration)
     folder.mkdir()
     return folder
@@ -89,12 +102,36 @@ def begin(root: Path, iteration: int) -> Path:
 def finish(root: Path, iteration: int, *, keep_last: int | None) -> None:
     """Give a written checkpoint its name, point the tracker at it, and drop all but the `keep_last` newest."""
     folder = folder_of(root, iteration)
+    aside = Path(f"{folder}{_ASIDE}")
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(aside)
     unfinished_of(root, iteration).rename(folder)
+    _to_disk(root)
     draft = root / f"{TRACKER}{_UNFINISHED}"
-    draft.write_text(str(iteration))
+    with draft.open("w") as file:
+        file.write(str(iteration))
+        file.flush()
+        os.fsync(file.fileno())
     draft.replace(root / TRACKER)
+    _to_disk(root)
+    if aside.exists():
+        _remove(aside)
     if keep_last is not None:
         for old in [i for i in iterations(root) if i != iteration][: -(keep_last - 1) or None]:
-            shutil.rmtree(folder_of(root, old))
+            _remove(folder_of(root, old))
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint: first its name, which says that it is whole."""
+    doomed = Path(f"{folder}{_UNFINISHED}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _to_disk(folder: Path) -> None:
+    """Force the names in a folder to disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

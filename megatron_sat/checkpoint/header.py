@@ -63,3 +63,10 @@ def first_difference(saved: Any, *, now: Any, name: str) -> tuple[str, Any, Any]
                 return found
         return None
     return None if saved == now else (name, saved, now)
+
+
+def changes(saved: Mapping[str, Any], *, now: Mapping[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
+    """(key, saved value, present value) of the settings whose keys begin so and that differ: allowed, worth a line."""
+    present = plain(now)
+    keys = sorted(key for key in {*saved, *present} if key.startswith(prefix))
+    return [(key, saved.get(key), present.get(key)) for key in keys if saved.get(key) != present.get(key)]

@@ -9,6 +9,7 @@ loaded into another layout.
 `load_checkpoint` refuses what does not fit this run before it touches anything, and then loads.
 """
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_sat.checkpoint import folder as folders
@@ -52,6 +54,10 @@ class Trainer(Protocol):
     def complaint(self, saved: Mapping[str, Any]) -> str | None: ...
 
     def load_state_dict(self, state: Mapping[str, Any], *, with_optimizer: bool) -> None: ...
+
+
+class NotSaved(OSError):
+    """A checkpoint could not be written. Its text is for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +116,8 @@ def save_checkpoint(
     """Write the checkpoint of `header.iteration` and point the tracker at it; collective. Returns its folder.
 
     tensors: whole tensors named "sat. ...", equal on all ranks of a pipeline stage; no name on two stages.
-    keep_last: how many checkpoints to leave, at least 1 (None: all).
+    keep_last: how many checkpoints to leave, at least 1 (None: all). Raises NotSaved where the folder cannot be written
+    or is full; the checkpoints before it stay as they are.
     """
     if keep_last is not None and keep_last < 1:
         raise ValueError(f"--save-keep-last must be at least 1, got {keep_last}; leave it out to keep all")
@@ -122,14 +129,53 @@ def save_checkpoint(
         state["sat_tensors"] = _describe_tensors(tensors, layout=layout)
     if with_rng:
         state["sat_rng"] = rng.describe(rng.gather(), layout=layout)
-    folder = _on_one_rank(lambda: folders.begin(root, header.iteration))
     strategy = get_default_save_sharded_strategy()
     if layout.dp_size * layout.cp_size > 1:  # replicas share the writing
         strategy = FullyParallelSaveStrategyWrapper(strategy, layout.dp_cp_group)
-    dist_checkpointing.save(state, str(folder), strategy, content_metadata=metadata)
-    dist.barrier()
-    _on_one_rank(lambda: folders.finish(root, header.iteration, keep_last=keep_last))
+    try:
+        folder = _on_one_rank(lambda: folders.begin(root, header.iteration))
+        _write(state, root=root, folder=folder, strategy=strategy, metadata=metadata)
+        _on_one_rank(lambda: folders.finish(root, header.iteration, keep_last=keep_last))
+    except OSError as error:
+        raise NotSaved(_not_saved(error, root=root, iteration=header.iteration)) from error
     return folders.folder_of(root, header.iteration)
+
+
+def _not_saved(error: OSError, *, root: Path, iteration: int) -> str:
+    there = folders.iterations(root)
+    stands = f"that of step {there[-1]} is whole: resume from it" if there else "none is there yet: start again"
+    return (
+        f"the checkpoint of step {iteration} must be written to {root}, it cannot: {error.strerror or error}; make "
+        f"room or choose another --save; {stands}"
+    )
+
+
+def _write(state: dict[str, Any], *, root: Path, folder: Path, strategy: Any, metadata: dict[str, Any]) -> None:
+    """Let every rank write its part. Raises OSError with what the system said: on all ranks where one could not, on
+    rank 0 alone where it could not write what it writes alone: the others wait, and end when it does."""
+    problem: tuple[int, str] | None = None
+    try:
+        dist_checkpointing.save(state, str(folder), strategy, content_metadata=metadata)
+    except CheckpointException as error:
+        problem = _first_failure(error)
+    problems: list[tuple[int, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    failed = [found for found in problems if found is not None]
+    if failed:
+        _on_one_rank(lambda: shutil.rmtree(folder, ignore_errors=True))  # what was written of it takes room
+        raise OSError(*max(failed))
+
+
+def _first_failure(error: CheckpointException) -> tuple[int, str]:
+    """Number and text of what the system said; 0 where another rank knows it (torch tells the first alone)."""
+    for rank, (failure, _) in error.failures.items():
+        inner: BaseException | None = failure
+        while inner is not None and not isinstance(inner, OSError):
+            inner = inner.__cause__ or inner.__context__
+        if inner is not None:
+            return inner.errno or 0, f"rank {rank}: {inner.strerror or inner}"
+        return 0, f"rank {rank}: {failure}"
+    return 0, ""
 
 
 def _describe_tensors(tensors: Mapping[str, Tensor], *, layout: Layout) -> dict[str, ShardedTensor]:

@@ -32,6 +32,7 @@ from megatron_sat.engines.ddp import wrap_chunks
 from megatron_sat.engines.frozen import hold_entries
 from megatron_sat.engines.optim import LearningRateConfig, build_optimizer, build_scheduler
 from megatron_sat.engines.state import CONTENT_METADATA, complaint, describe_state, take_back
+from megatron_sat.engines.veto import Verdict, Veto
 
 
 class MegatronEngine:
@@ -72,6 +73,8 @@ class MegatronEngine:
         self._optimizer = build_optimizer(self._wrapped, config=optimizer_config)
         self._scheduler = build_scheduler(self._optimizer, config=learning_rate)
         self._connect(ddp_config, align_grad_reduce=align_grad_reduce)
+        self._veto: Veto | None = None
+        self._sums: list[Tensor] = []
 
     def _connect(self, ddp_config: DistributedDataParallelConfig, *, align_grad_reduce: bool) -> None:
         """Tell the schedules when to reduce, when to gather and how to scale."""
@@ -130,6 +133,8 @@ class MegatronEngine:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         loss, num_tokens = self._run(micro_batches, num_micro_batches=num_micro_batches, forward=forward, train=True)
+        if self._veto is not None:
+            self._veto.loss = loss
         learning_rate = self.learning_rate
         succeeded, grad_norm, _ = self._optimizer.step()
         done, norm = self._agree_on(succeeded, grad_norm=grad_norm)
@@ -182,6 +187,7 @@ class MegatronEngine:
             micro_batch_size=self._micro_batch_size,
             forward_only=not train,
         )
+        self._sums = sums
         return self._mean_over_ranks(sums)
 
     def _mean_over_ranks(self, sums: list[Tensor]) -> tuple[float, int]:
@@ -192,6 +198,16 @@ class MegatronEngine:
         dist.all_reduce(total, group=self._pp_group)  # all stages but the last add zeros
         loss, tokens = total.tolist()
         return loss / tokens if tokens else math.nan, int(tokens)
+
+    def judge(self, verdict: Verdict) -> None:
+        """Ask before each coming update; see `engines.veto.Judged`."""
+        self._veto = Veto(self._optimizer, verdict=verdict, replicas=self._layout.dp_cp_group)
+
+    @property
+    def micro_batch_losses(self) -> list[float]:
+        """Of the last step; see `engines.veto.Judged`."""
+        sums = [each.tolist() for each in self._sums]
+        return [loss / tokens if tokens else math.nan for loss, tokens in sums]
 
     def gather_weights(self) -> None:
         """Make the weights whole now; see `Engine.gather_weights`."""

@@ -136,8 +136,10 @@ def _model(s: dict[str, Any], *, machine: Machine) -> None:
 def _precision(s: dict[str, Any]) -> None:
     needs_fp32 = s["bf16"] and not s["grad_reduce_in_bf16"] and s["main_grads_dtype"] == "fp32"
     _fill(s, "accumulate_allreduce_grads_in_fp32", needs_fp32)
-    # with dynamic loss scaling NaN in gradients is how the scaler learns that its scale is too high
-    _fill(s, "check_for_nan_in_loss_and_grad", not (s["fp16"] and not s["loss_scale"]))
+    # with dynamic loss scaling NaN in gradients is how the scaler learns that its scale is too high; and --on-bad-step
+    # sees it in the norm, which clipping computes anyway, where megatron.core's check would break off on one rank alone
+    scaled = s["fp16"] and not s["loss_scale"]
+    _fill(s, "check_for_nan_in_loss_and_grad", not scaled and s["clip_grad"] == 0)
 
 
 def _batch(s: dict[str, Any], *, world_size: int) -> None:

@@ -90,6 +90,12 @@ METHOD: tuple[Rule, ...] = (
         keys="zero_stage deepspeed_config", idle=lambda s: s["engine"] != "deepspeed", beside="without --engine deepspeed"
     ),
     Rule(
+        keys="requeue_exit_code",
+        idle=lambda s: not s["exit_signal_handler"],
+        beside="without --exit-signal-handler",
+    ),
+    Rule(keys="max_bad_steps", idle=lambda s: s["on_bad_step"] == "stop", beside="with --on-bad-step stop"),
+    Rule(
         keys="layer_graphs",
         idle=lambda s: s["layer_graphs"] and bool(against_layer_graphs(s)),
         beside="with model parallelism, recomputation, dropout, biases, or --overlap-param-gather",
@@ -193,6 +199,7 @@ MEGATRON: tuple[Rule, ...] = (
         idle=lambda s: not s["use_precision_aware_optimizer"],
         beside="without --use-precision-aware-optimizer",
     ),
+    Rule(keys="exit_signal", idle=lambda s: not s["exit_signal_handler"], beside="without --exit-signal-handler"),
     Rule(keys="save_*", idle=lambda s: s["save"] is None, beside="without --save"),
     Rule(
         keys="finetune load_* ckpt_step exit_on_missing_checkpoint allow_first_loss_apart",

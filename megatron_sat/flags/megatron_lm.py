@@ -72,6 +72,13 @@ TRAINING: tuple[Flag, ...] = (
     option("eval_iters", "int", default=100, help="global batches of one evaluation"),
     option("exit_interval", "int", help="end the process after an update that this divides"),
     option("exit_duration_in_mins", "int", help="end the process after so many minutes"),
+    switch("exit_signal_handler", default=False, help="at --exit-signal save after the step under way, and end"),
+    option(
+        "exit_signal",
+        choices=("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"),
+        default="SIGTERM",
+        help="the signal of --exit-signal-handler",
+    ),
     option("seed", "int", default=1234, help="of weights, dropout and data order"),
 )
 

@@ -195,8 +195,8 @@ REASONS: tuple[tuple[str, str], ...] = (
         "iterations-to-skip skip-train data-parallel-random-init disable-jit-fuser",
     ),
     (
-        "checkpoints come at steps; use --save-interval, --exit-interval or --exit-duration-in-mins",
-        "exit-signal*",
+        "a signal ends the run after the step under way, its readers are let finish; use --exit-signal-handler",
+        "exit-signal-handler-for-*",
     ),
     (
         _TIMING,

@@ -3,6 +3,7 @@
 from megatron_sat.flags.flag import Flag, option, switch
 from megatron_sat.sparsity.importance import METRICS
 from megatron_sat.sparsity.schedule import KINDS
+from megatron_sat.training.guard import POLICIES
 
 METHOD: tuple[Flag, ...] = (
     option("sat_schedule", choices=KINDS, default="none", help="omission rate over the run; none is dense"),
@@ -87,6 +88,16 @@ TRAINING: tuple[Flag, ...] = (
         help="new-embeddings: only the rows that a vocabulary extension added",
     ),
     option("train_only_first_id", "int", help="first of them; vocabulary_extension.json says it unless given"),
+    option("requeue_exit_code", "int", default=75, help="exit code after --exit-signal: start again"),
+    option(
+        "on_bad_step",
+        choices=POLICIES,
+        default="stop",
+        help="a loss or gradient that is no number: end, leave the update out, or go back to the last checkpoint",
+    ),
+    option("max_bad_steps", "int", default=10, help="of a run, that skip and rollback pass over"),
+    option("max_loss_leap", "float", help="a loss above this multiple of the recent median is bad too"),
+    option("max_norm_leap", "float", help="the same of the gradient's norm"),
 )
 
 SECTIONS: dict[str, tuple[Flag, ...]] = {

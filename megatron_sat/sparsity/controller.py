@@ -86,6 +86,11 @@ class Controller:
             for selector in self.selectors:
                 selector.end_step()
 
+    def forget(self) -> None:
+        """Between two steps: drop what was chosen and measured; the next step chooses from its own tokens."""
+        for selector in self.selectors:
+            selector.forget()
+
     def _draw(self, step: int) -> int:
         """The first step of the selection interval that ``step`` lies in."""
         return step - (step - 1) % self.interval

@@ -197,6 +197,10 @@ class Selector:
         """Leave the step: dense from here on."""
         self._wanted, self._measures, self.packing = None, False, None
 
+    def forget(self) -> None:
+        """Drop choice and sums, which a step that is not to be trusted may have left: the next one chooses anew."""
+        self._choice, self._choice_key, self._sums = None, None, None
+
     @torch.no_grad()
     def kept(self, tokens: Tensor, activations: Callable[[], Tensor]) -> Kept | None:
         """What the module keeps in this step, chosen now if it is not yet; None: everything.

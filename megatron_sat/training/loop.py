@@ -44,7 +44,8 @@ class Extent:
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """What happens between steps. Each is called on every rank, in the order of this list."""
+    """What happens between steps. Each is called on every rank, in the order of this list; but a run that stops saves
+    before it evaluates."""
 
     stepped: Callable[[int, StepResult, float], None]
     """(step, result, seconds) after every update."""
@@ -53,7 +54,9 @@ class Moments:
     """(step): a dense pass over the validation sets."""
     save: Callable[[Progress], None]
     should_stop: Callable[[float], bool]
-    """(minutes since the loop began): whether all ranks agree to stop now."""
+    """(minutes since the loop began): whether all ranks agree to stop now. Asked after `stepped`."""
+    should_save: Callable[[], bool]
+    """Whether all ranks agree to save now, beside the interval."""
 
 
 def due(step: int, interval: int | None) -> bool:
@@ -91,11 +94,14 @@ def train(
         )
         last = step == extent.train_iters
         stop = due(step, extent.exit_interval) or moments.should_stop((time.monotonic() - began) / 60)
+        save = due(step, extent.save_interval) or last or stop or moments.should_save()
         if due(step, extent.log_interval) or last or stop:
             moments.log()
+        if stop:  # whoever asks may not wait for an evaluation
+            moments.save(progress)
         if due(step, extent.eval_interval) or last:
             moments.evaluate(step)
-        if due(step, extent.save_interval) or last or stop:
+        if save and not stop:
             moments.save(progress)
         if stop:
             break

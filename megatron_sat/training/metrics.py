@@ -6,11 +6,12 @@ with recomputation and choosing; dense-equivalent ones are those of a dense step
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_sat import log
@@ -203,3 +204,31 @@ class TensorBoard:
         for name, loss in losses.items():
             self._writer.add_scalar(f"validation/{name}", loss, step)
         self._writer.flush()
+
+
+def open_sinks(
+    *, jsonl: str | None, tensorboard: str | None, resume_step: int, beside: Callable[[], None]
+) -> list[Sink]:
+    """Rank 0's console and files, figures after the resumed step taken out; none elsewhere. Collective.
+
+    beside: writes what else a run leaves behind, on rank 0. Raises ValueError on all ranks for what cannot be written.
+    """
+    sinks: list[Sink] = []
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            sinks.append(Console())
+            if jsonl is not None:
+                sinks.append(JsonLines(Path(jsonl), resume_step=resume_step))
+            if tensorboard is not None:
+                sinks.append(TensorBoard(Path(tensorboard), resume_step=resume_step))
+            beside()
+        except OSError as error:
+            what = f"what a run leaves behind must be writable, {error.filename} is not: {error.strerror}"
+            problem[0] = f"{what}; choose another --save, --log-jsonl or --tensorboard-dir"
+        except ValueError as error:
+            problem[0] = str(error)
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise ValueError(problem[0])
+    return sinks

@@ -1,5 +1,6 @@
 """What a run is told besides model, data and learning rate: how long, when to pause, where things go."""
 
+import signal
 from dataclasses import dataclass
 
 
@@ -23,6 +24,12 @@ class TrainingConfig:
     """End the process after an update that this divides; None: never."""
     exit_duration_in_mins: int | None = None
     """End the process after the update in which this has passed; None: never."""
+    exit_signal_handler: bool = False
+    """Save and end at a signal, after the step under way."""
+    exit_signal: str = "SIGTERM"
+    """Name of that signal."""
+    requeue_exit_code: int = 75
+    """Code that the process then ends with, in [5, 125]; 75 is the system's word for "try again later"."""
     seed: int = 1234
     """Of weights and dropout, above 0."""
     train_only: str = "all"
@@ -36,6 +43,11 @@ class TrainingConfig:
         for name in ("eval_interval", "exit_interval", "exit_duration_in_mins"):
             _at_least(1, name=name, value=getattr(self, name))
         _at_least(0, name="eval_iters", value=self.eval_iters)
+        if not 5 <= self.requeue_exit_code <= 125:
+            raise ValueError(
+                f"--requeue-exit-code must be in [5, 125], which mean nothing else, got {self.requeue_exit_code}; "
+                "leave it out for 75"
+            )
         _at_least(1, name="seed", value=self.seed)
         _at_least(1, name="train_only_first_id", value=self.train_only_first_id)
         if self.global_batch_size % (self.micro_batch_size * self.num_micro_batches):
@@ -43,6 +55,12 @@ class TrainingConfig:
                 f"--global-batch-size ({self.global_batch_size}) must be a multiple of --micro-batch-size x "
                 f"micro-batches ({self.micro_batch_size} x {self.num_micro_batches}); change one of them"
             )
+
+
+    @property
+    def listens_to(self) -> signal.Signals | None:
+        """The signal that asks for an end; None: none does."""
+        return signal.Signals[self.exit_signal] if self.exit_signal_handler else None
 
 
 @dataclass(frozen=True, kw_only=True)

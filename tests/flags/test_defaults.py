@@ -88,10 +88,17 @@ def test_gradients_are_reduced_in_fp32_under_bf16_unless_told_otherwise(more, in
 
 
 @pytest.mark.parametrize(
-    ("more", "checked"), [("", True), ("--fp16", False), ("--fp16 --loss-scale 128", True)]
+    ("more", "checked"),
+    [
+        ("--clip-grad 0", True),
+        ("--clip-grad 0 --fp16", False),
+        ("--clip-grad 0 --fp16 --loss-scale 128", True),
+        ("--clip-grad 1", False),
+        ("--clip-grad 1 --check-for-nan-in-loss-and-grad", True),
+    ],
 )
-def test_nan_is_watched_for_but_under_dynamic_loss_scaling(more, checked):
-    assert run(more).ddp["check_for_nan_in_grad"] is checked
+def test_megatron_watches_for_nan_where_nothing_computes_the_norm_but_under_dynamic_loss_scaling(more, checked):
+    assert run(more, without="--clip-grad").ddp["check_for_nan_in_grad"] is checked
 
 
 def test_the_selection_takes_its_groups_from_tensor_parallelism_and_its_seed_from_the_run():

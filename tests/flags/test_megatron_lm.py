@@ -26,12 +26,12 @@ DECIDED_BY_THE_MACHINE = {
     "--distributed-backend": "nccl with CUDA",
 }
 DECIDED_BY_OTHERS = {
-    "--no-check-for-nan-in-loss-and-grad": "validate_args switches it off with dynamic loss scaling",
+    "--no-check-for-nan-in-loss-and-grad": "off with dynamic loss scaling, and where --on-bad-step sees the norm",
     "--accumulate-allreduce-grads-in-fp32": "validate_args switches it on with --bf16",
     "--no-overlap-p2p-communication": "validate_args switches it off without interleaving",
     "--no-align-param-gather": "validate_args switches it off without interleaving",
 }
-FEWER_CHOICES = {"--position-embedding-type", "--tokenizer-type"}
+FEWER_CHOICES = {"--position-embedding-type", "--tokenizer-type", "--exit-signal"}
 
 
 def parser() -> argparse.ArgumentParser:

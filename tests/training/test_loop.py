@@ -41,7 +41,11 @@ def samples_after(consumed: int) -> Iterator[int]:
 
 
 def run(
-    extent: Extent = EXTENT, *, start: int = 0, stop: Callable[[float], bool] = lambda minutes: False
+    extent: Extent = EXTENT,
+    *,
+    start: int = 0,
+    stop: Callable[[float], bool] = lambda minutes: False,
+    save: Callable[[], bool] = lambda: False,
 ) -> tuple[Progress, list[tuple[Any, ...]]]:
     """The loop's progress and everything it called, in order."""
     seen: list[tuple[Any, ...]] = []
@@ -51,6 +55,7 @@ def run(
         evaluate=lambda step: seen.append(("evaluate", step)),
         save=lambda progress: seen.append(("save", progress.iteration, progress.consumed_samples)),
         should_stop=stop,
+        should_save=save,
     )
     progress = train(
         CountingEngine(),  # type: ignore[arg-type]
@@ -96,6 +101,18 @@ def test_exit_interval_logs_saves_and_stops() -> None:
     progress, seen = run(replace(EXTENT, exit_interval=5))
     assert progress == Progress(iteration=5, consumed_samples=10)
     assert seen[-2:] == [("log",), ("save", 5, 10)]
+
+
+def test_a_wish_to_save_is_obeyed_after_the_step_and_the_run_goes_on() -> None:
+    wishes = iter([False, True, False, False, False, False])
+    progress, seen = run(save=lambda: next(wishes))
+    assert progress.iteration == 6
+    assert [entry for entry in seen if entry[0] == "save"] == [("save", 2, 4), ("save", 4, 8), ("save", 6, 12)]
+
+
+def test_a_run_that_stops_saves_before_it_evaluates() -> None:
+    _, seen = run(start=2, stop=lambda minutes: True)
+    assert seen == [("step", 3, 9), ("log",), ("save", 3, 6), ("evaluate", 3)]
 
 
 def test_a_wish_to_stop_is_obeyed_after_the_step() -> None:

@@ -1,5 +1,7 @@
 """What a run is told: each field refuses what it cannot be."""
 
+import signal
+
 import pytest
 
 from megatron_sat.training.settings import CheckpointConfig, LoggingConfig, TrainingConfig
@@ -23,6 +25,7 @@ RUN = {"train_iters": 10, "micro_batch_size": 2, "global_batch_size": 8, "num_mi
             "--exit-duration-in-mins must be at least 1, got 0",
         ),
         (TrainingConfig, {**RUN, "eval_iters": -1}, "--eval-iters must be at least 0, got -1"),
+        (TrainingConfig, {**RUN, "requeue_exit_code": 3}, r"--requeue-exit-code must be in \[5, 125\], .*got 3"),
         (TrainingConfig, {**RUN, "seed": 0}, "--seed must be at least 1, got 0"),
         (
             TrainingConfig,
@@ -42,3 +45,9 @@ def test_a_setting_outside_its_range_is_refused_by_its_flag(cls, settings, said)
 
 def test_a_run_without_evaluation_is_a_run():
     assert TrainingConfig(**RUN, eval_iters=0).eval_interval is None
+
+
+def test_a_run_listens_to_its_signal_where_it_is_told_to():
+    assert TrainingConfig(**RUN).listens_to is None
+    assert TrainingConfig(**RUN, exit_signal_handler=True).listens_to is signal.SIGTERM
+    assert TrainingConfig(**RUN, exit_signal_handler=True, exit_signal="SIGUSR1").listens_to is signal.SIGUSR1

@@ -1,0 +1,60 @@
+"""A last look at an update before it is made: with the loss and the gradient's norm known, weights and moments as yet
+untouched.
+
+megatron.core computes the norm inside `step()`, between unscaling and the update, and hands it out afterwards. So the
+two methods that enclose the moment are wrapped on the instance: the one that gives the norm is listened to, the one
+that updates is asked for leave. An update without leave returns as one that overflowed does: nothing moved.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+
+Verdict = Callable[[float, float | None], bool]
+"""(loss, gradient norm; None where nothing clips and so nothing computes it): whether the update may be made."""
+
+
+@runtime_checkable
+class Judged(Protocol):
+    """An engine that can ask before it updates, and knows its micro-batches' losses."""
+
+    def judge(self, verdict: Verdict) -> None:
+        """Before each coming update ask ``verdict``, on every rank that has something to update. Without its leave on
+        any replica the step leaves weights, moments and learning-rate schedule as they were, and is `skipped`."""
+
+    @property
+    def micro_batch_losses(self) -> list[float]:
+        """Of the last training step, the mean loss of each micro-batch of this rank; empty but on the last stage."""
+
+
+class Veto:
+    """Asks before each update of one optimizer."""
+
+    def __init__(self, optimizer: MegatronOptimizer, *, verdict: Verdict, replicas: dist.ProcessGroup) -> None:
+        """replicas: ranks with the same part of the model, which must decide alike."""
+        self.loss = 0.0
+        """Of the step under way; whoever steps the optimizer sets it."""
+        self._verdict, self._replicas = verdict, replicas
+        self._norm: float | None = None
+        for name in ("get_grad_norm", "clip_grad_norm"):
+            if hasattr(optimizer, name):
+                setattr(optimizer, name, self._listening(getattr(optimizer, name)))
+        self._update = optimizer.step_with_ready_grads
+        optimizer.step_with_ready_grads = self._ask  # type: ignore[method-assign]
+
+    def _listening(self, norm_of: Callable[..., Any]) -> Callable[..., Any]:
+        def listened(*args: Any, **kwargs: Any) -> Any:
+            norm = norm_of(*args, **kwargs)
+            self._norm = None if norm is None else float(norm)
+            return norm
+
+        return listened
+
+    def _ask(self) -> bool:
+        norm, self._norm = self._norm, None
+        refused = torch.tensor([0.0 if self._verdict(self.loss, norm) else 1.0], device=torch.cuda.current_device())
+        dist.all_reduce(refused, op=dist.ReduceOp.MAX, group=self._replicas)
+        return False if refused.item() else bool(self._update())
