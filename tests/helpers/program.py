@@ -141,12 +141,16 @@ def _train(_: int, argv: list[str]) -> tuple[dict[str, list[int]], dict[str, str
 
 def digests(session: Session) -> dict[str, str]:
     """Every parameter of this rank by global name: equal only if bit-identical."""
-    session.run.engine.gather_weights()
-    return {
-        global_name(name, chunk): hashlib.sha256(parameter.detach().view(torch.uint8).numpy().tobytes()).hexdigest()
-        for chunk in session.run.engine.chunks
-        for name, parameter in chunk.named_parameters()
-    }
+    engine: Any = session.run.engine
+    engine.gather_weights()
+    with engine.whole() if hasattr(engine, "whole") else contextlib.nullcontext():  # ZeRO-3 gathers for a while
+        return {
+            global_name(name, chunk): hashlib.sha256(
+                parameter.detach().view(torch.uint8).numpy().tobytes()
+            ).hexdigest()
+            for chunk in engine.chunks
+            for name, parameter in chunk.named_parameters()
+        }
 
 
 def read_records(jsonl: Path, *, kind: str = "train") -> list[dict[str, Any]]:

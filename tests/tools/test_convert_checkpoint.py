@@ -17,6 +17,7 @@ from tests.checkpoint.families import write_model
 from tests.helpers.material import smollm2_gguf
 from tests.helpers.program import prepare_text, start
 from tests.helpers.ranks import run_ranks
+from tests.helpers.zero_engine import needs_deepspeed
 from tools import convert_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -77,15 +78,21 @@ TRAINING = """
 """
 
 
-def test_a_run_starts_from_an_import_in_another_layout_and_is_exported(tmp_path):
+ON_DEEPSPEED = "--engine deepspeed --zero-stage 3"
+
+
+@pytest.mark.parametrize("engine", ["", pytest.param(ON_DEEPSPEED, marks=[pytest.mark.slow, needs_deepspeed])])
+def test_a_run_starts_from_an_import_in_another_layout_and_is_exported(tmp_path, engine):
     hf = write_model("mistral", tmp_path / "hf")
     code, _, err = _forked("import", "--hf", hf, "--save", tmp_path / "save")
     assert code == 0, err
     text = prepare_text(tmp_path)
     command = ["--config", str(tmp_path / "save" / "model.yaml"), "--load", str(tmp_path / "save"), *TRAINING.split()]
     command += ["--train-data-path", text.prefix("zh/poetry"), "--data-cache-path", str(tmp_path / "cache")]
-    ended = start([*command, "--save", str(tmp_path / "run"), "--tensor-model-parallel-size", "2"], ranks=2)
-    assert ended.codes == [0, 0], ended.err
+    command += ["--save", str(tmp_path / "run"), "--tensor-model-parallel-size", "2", *engine.split()]
+    ranks = 4 if engine else 2
+    ended = start(command, ranks=ranks)
+    assert ended.codes == [0] * ranks, ended.err
 
     code, _, err = _forked("export", "--load", tmp_path / "run", "--hf", tmp_path / "out")
 
