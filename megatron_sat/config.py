@@ -54,8 +54,14 @@ class ParallelConfig:
     """nccl or gloo."""
     timeout_minutes: int
     """Of the collectives, at least 1."""
+    preflight: bool | None = None
+    """Compare the ranks and try the network first; None: on more than one host."""
+    preflight_timeout: float = 300.0
+    """Seconds that a rank may stay silent in it, above 0."""
 
     def __post_init__(self) -> None:
+        if not self.preflight_timeout > 0:
+            raise ValueError(f"--preflight-timeout must be above 0 s, got {self.preflight_timeout:g}; leave it out")
         if self.timeout_minutes < 1:
             raise ValueError(
                 f"--distributed-timeout-minutes must be at least 1, got {self.timeout_minutes}; leave it out"
@@ -165,6 +171,8 @@ def _parallel(s: Settings, *, world_size: int) -> ParallelConfig:
         sequence_parallel=s["sequence_parallel"],
         backend=s["distributed_backend"],
         timeout_minutes=s["distributed_timeout_minutes"],
+        preflight=s["preflight"],
+        preflight_timeout=s["preflight_timeout"],
     )
 
 

@@ -3,6 +3,7 @@
 `megatron.core.parallel_state`, or the `Layout` that it returned.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,16 @@ class Launch:
     rank: int
     world_size: int
     local_rank: int
+    local_world_size: int | None = None
+    """Ranks on this host; None: nobody said, so it is taken to be the only one."""
+
+    @property
+    def ranks_a_host(self) -> int:
+        return self.local_world_size or self.world_size
+
+    @property
+    def hosts(self) -> int:
+        return math.ceil(self.world_size / self.ranks_a_host)
 
 
 def read_launch() -> Launch:
@@ -29,27 +40,60 @@ def read_launch() -> Launch:
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None,
     )
 
 
-def join(launch: Launch, *, backend: str, timeout_minutes: int) -> None:
+def open_store(launch: Launch, *, timeout_seconds: float) -> dist.Store:
+    """Where the ranks meet before there is a group: the launcher's store, or else one on rank 0. Waits for it alone.
+
+    Raises RuntimeError where it cannot be reached in time, or nobody said where it is.
+    """
+    if launch.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    _require_address(launch)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        address,
+        port,
+        launch.world_size,
+        is_master=launch.rank == 0 and not agents,
+        timeout=timedelta(seconds=timeout_seconds),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    # an agent keeps its store when it starts its ranks again
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _require_address(launch: Launch) -> None:
+    if "MASTER_ADDR" not in os.environ:
+        raise RuntimeError(
+            f"WORLD_SIZE ({launch.world_size}) needs MASTER_ADDR and MASTER_PORT, MASTER_ADDR is not set; "
+            "start the ranks with torchrun"
+        )
+
+
+def join(launch: Launch, *, backend: str, timeout_minutes: int, store: dist.Store | None = None) -> None:
     """Join the default process group, on this rank's GPU where there is one.
 
-    backend: "nccl" or "gloo". Raises RuntimeError when more than one rank has no address to meet at.
+    backend: "nccl" or "gloo". store: what `open_store` opened; without it torch opens one.
+    Raises RuntimeError when more than one rank has no address to meet at.
     """
     if dist.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(launch.local_rank)
     timeout = timedelta(minutes=timeout_minutes)
-    if launch.world_size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if store is None and launch.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        store = dist.HashStore()
+    if store is not None:
+        rank, size = launch.rank, launch.world_size
+        store.set_timeout(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         return
-    if "MASTER_ADDR" not in os.environ:
-        raise RuntimeError(
-            f"WORLD_SIZE ({launch.world_size}) needs MASTER_ADDR and MASTER_PORT, MASTER_ADDR is not set; "
-            "start the ranks with torchrun"
-        )
+    _require_address(launch)
     dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
 
 

@@ -4,8 +4,8 @@ In the folder of ``--save`` besides the checkpoints: ``config.yaml`` (resolved),
 (unless ``--log-jsonl`` says where) and ``visits.npz`` (how often each neuron was kept).
 
 Exit codes: 0 the run is at its end, or was asked to stop by file or flag; 2 cannot be obeyed; 3 a step that cannot be
-trusted (`training.response`); 4 a checkpoint that could not be written; ``--requeue-exit-code`` a signal asked it to
-make room. Anything else is a crash.
+trusted (`training.response`); 4 a checkpoint that could not be written; 5 a rank that did not come (`preflight`);
+``--requeue-exit-code`` a signal asked it to make room. Anything else is a crash.
 """
 
 import json
@@ -33,6 +33,7 @@ from megatron_sat.checkpoint.resume import (
 from megatron_sat.data.batch import Batch
 from megatron_sat.engines.base import StepResult
 from megatron_sat.model.flops import step_flops, whole
+from megatron_sat.preflight import start as preflight
 from megatron_sat.rehearsal.rehearse import rehearsal
 from megatron_sat.training.guard import Finding, Guard
 from megatron_sat.training.imported import check_import
@@ -60,7 +61,8 @@ def main(argv: Sequence[str]) -> int:
         config = cli.parse(argv, world_size=launch.world_size, cuda=cuda, speaks=launch.rank == 0)
     except cli.ParsedExit as asked:
         return int(asked.code or 0)
-    distributed.join(launch, backend=config.parallel.backend, timeout_minutes=config.parallel.timeout_minutes)
+    if code := preflight.join(config, launch, cuda=cuda):
+        return code
     try:
         session = Session(build_run(config))
     except ValueError as error:  # the user's to mend

@@ -94,6 +94,7 @@ METHOD: tuple[Rule, ...] = (
         idle=lambda s: not s["exit_signal_handler"],
         beside="without --exit-signal-handler",
     ),
+    Rule(keys="preflight_timeout", idle=lambda s: s["preflight"] is False, beside="with --no-preflight"),
     Rule(keys="max_bad_steps", idle=lambda s: s["on_bad_step"] == "stop", beside="with --on-bad-step stop"),
     Rule(
         keys="layer_graphs",

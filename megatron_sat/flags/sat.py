@@ -100,11 +100,20 @@ TRAINING: tuple[Flag, ...] = (
     option("max_norm_leap", "float", help="the same of the gradient's norm"),
 )
 
+PARALLEL: tuple[Flag, ...] = (
+    switch(
+        "preflight",
+        help="compare all ranks and try the network before anything is built; on with more than one host",
+    ),
+    option("preflight_timeout", "float", default=300.0, help="seconds that a rank may stay silent in it"),
+)
+
 SECTIONS: dict[str, tuple[Flag, ...]] = {
     "sparsity": METHOD,
     "data": DATA,
     "checkpoint": CHECKPOINT,
     "logging": LOGGING,
     "training": TRAINING,
+    "parallel": PARALLEL,
 }
 """Headline of the printed configuration to its settings."""
