@@ -36,11 +36,12 @@ class Launch:
 
 def read_launch() -> Launch:
     """The launch as torchrun, Slurm's srun wrapper or nothing at all describes it in the environment."""
+    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # DeepSpeed's launcher says the second
     return Launch(
         rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None,
+        local_world_size=int(here) if here else None,
     )
 
 

@@ -5,11 +5,12 @@
 #   DATA    training data, NAME=PREFIX ... as tools/preprocess_data.py wrote them; REPLAY, VALID: likewise, may be empty
 #   SAVE    folder of the checkpoints, on a file system that all hosts share; a run in it goes on where it was
 #   GPU     a100, a800, h100 ... (default a800), for DRY_RUN alone     GPUS  a host (default 8)
-#   ENGINE  megatron (default)                                         PYTHON, SSH  programs (python3, ssh)
+#   ENGINE  megatron (default) or deepspeed                            PYTHON, SSH  programs (python3, ssh)
 #
 # Where it runs:
 #   under Slurm           sbatch SCRIPT: one task a GPU, and another start when the time is over
 #   HOSTS or HOSTFILE     "a b c d", or a file with a name a line: torchrun on each through SSH
+#   LAUNCHER=deepspeed    with a HOSTFILE of DeepSpeed's (name slots=8): DeepSpeed's launcher, which uses pdsh
 #   otherwise             torchrun here; with NODES above 1 run it on every host, with NODE_RANK and MASTER_ADDR
 #   DRY_RUN=1             says the configuration, plan, memory and commands, and ends; needs none of the above
 
@@ -85,7 +86,7 @@ find_hosts() {
 collect_arguments() {
     local config=$1
     shift
-    arguments=(--config "$config" "$root/examples/configs/continual.yaml")
+    arguments=(--config "$config" "$root/examples/configs/continual.yaml" "$root/examples/configs/$ENGINE.yaml")
     if [ -f "$MODEL/model.yaml" ]; then
         arguments+=("$MODEL/model.yaml")
     else
@@ -102,6 +103,9 @@ collect_arguments() {
     [ -z "${REPLAY:-}" ] || arguments+=(--replay-data-path $REPLAY --replay-share "${REPLAY_SHARE:-0.2}")
     # shellcheck disable=SC2206
     [ -z "${VALID:-}" ] || arguments+=(--valid-data-path $VALID)
+    # Slurm's signal reaches the ranks: save, and ask for another start
+    [ -z "${SLURM_JOB_ID:-}" ] ||
+        arguments+=(--exit-signal-handler --exit-signal SIGUSR1 --requeue-exit-code "$REQUEUE_CODE")
     arguments+=(--engine "$ENGINE" "$@")
 }
 
@@ -155,6 +159,25 @@ run_over_hosts() {
     return "$code"
 }
 
+# run_by_deepspeed: its launcher starts the ranks of all hosts through pdsh, with what its environment file says
+run_by_deepspeed() {
+    local name environment=$SAVE/deepspeed.env
+    [ -n "${HOSTFILE:-}" ] || fail "LAUNCHER=deepspeed needs HOSTFILE, a file with lines such as: name slots=$GPUS"
+    grep -q 'slots=' "$HOSTFILE" || fail "HOSTFILE must say slots for LAUNCHER=deepspeed, $HOSTFILE does not; name slots=$GPUS"
+    command=("$PYTHON" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --launcher pdsh --force_multi
+        --master_addr "${MASTER_ADDR:-${hosts[0]}}" --master_port "${MASTER_PORT:-29500}" --no_local_rank
+        "$root/pretrain_sat.py" "${arguments[@]}")
+    if dry; then
+        say "${command[@]}"
+        return
+    fi
+    for name in OMP_NUM_THREADS CUDA_DEVICE_MAX_CONNECTIONS PYTHONPATH $(compgen -e NCCL_) $(compgen -e GLOO_); do
+        printf '%s=%s\n' "$name" "${!name}"
+    done >"$environment"
+    export DS_ENV_FILE=$environment
+    exec "${command[@]}"
+}
+
 run_under_slurm() {
     local code=0 first
     command=(srun --wait 120 bash "$launch_folder/slurm_rank.sh" "$PYTHON" "$root/pretrain_sat.py" "${arguments[@]}")
@@ -190,7 +213,10 @@ run_here() {
 train() {
     PYTHON=${PYTHON:-python3} SSH=${SSH:-ssh} GPU=${GPU:-a800} GPUS=${GPUS:-8} ENGINE=${ENGINE:-megatron}
     REQUEUE_CODE=${REQUEUE_CODE:-75}
-    [ "$ENGINE" = megatron ] || fail "ENGINE must be megatron, got $ENGINE"
+    case $ENGINE in
+        megatron | deepspeed) ;;
+        *) fail "ENGINE must be megatron or deepspeed, got $ENGINE" ;;
+    esac
     require MODEL "a folder that tools/convert_checkpoint.py import wrote"
     require DATA "the training data, NAME=PREFIX ..."
     require SAVE "a folder for the checkpoints"
@@ -206,6 +232,8 @@ train() {
     fi
     if [ -n "${SLURM_JOB_ID:-}" ]; then
         run_under_slurm
+    elif [ "${LAUNCHER:-}" = deepspeed ]; then
+        run_by_deepspeed
     elif [ ${#hosts[@]} -gt 0 ]; then
         run_over_hosts
     else

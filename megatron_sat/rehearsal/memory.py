@@ -52,6 +52,8 @@ class Shards:
     weights: int = 1
     gradients: int = 1
     optimizer: int = 1
+    buffers: int = 0
+    """Bytes that an engine takes to pass parts on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +77,9 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
+    buffers: int
     packed: int
-    """Copies of the kept weights, packed once a step."""
+    """Copies of the kept weights, packed once a step, or cut for each micro-batch and kept for its backward."""
     activations: int
     transient: int
     """The larger of what the loss and what one layer's backward need on top."""
@@ -85,7 +88,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.packed + self.activations + self.transient
+        state = self.weights + self.gradients + self.optimizer + self.buffers
+        return state + self.packed + self.activations + self.transient
 
     def rows(self) -> list[tuple[str, int]]:
         """What each part is called, and its bytes."""
@@ -93,7 +97,8 @@ class Memory:
             ("weights", self.weights),
             ("gradients", self.gradients),
             ("optimizer", self.optimizer),
-            ("packed weights", self.packed),
+            ("engine's buffers", self.buffers),
+            ("cut weights", self.packed),
             ("activations", self.activations),
             ("loss, or one layer's backward", self.transient),
             ("together", self.total),
@@ -113,8 +118,8 @@ def estimate(
 ) -> Memory:
     """The most that any rank needs at any time of a run.
 
-    kept: what each rung computes, in order. packs: weights are packed (--sat-weights compact). tied: the head is the
-    embedding.
+    kept: what each rung computes, in order. packs: weights are packed (--sat-weights compact), or else cut for every
+    micro-batch. tied: the head is the embedding.
     """
     stages = (
         _on_stage(shape, stage, cut=cut, size=size, shards=shards, work=work, kept=kept, packs=packs, tied=tied)
@@ -140,6 +145,7 @@ def _on_stage(
         weights=_share(number * size.weight, shards.weights),
         gradients=_share(number * size.gradient, shards.gradients),
         optimizer=_share(number * size.optimizer, shards.optimizer),
+        buffers=shards.buffers,
         packed=0,
         activations=0,
         transient=0,
@@ -147,9 +153,13 @@ def _on_stage(
     )
     dense, packed, found = whole(shape), 0, state
     last = stage == len(cut.layers) - 1
+    chunks = under_way(stage, cut=cut, num_micro_batches=work.num_micro_batches)
     for each in kept:
-        if packs and each != dense:  # a dense rung after it leaves the last pack where it is
-            packed = cut.layers[stage] * layer_matrices(shape, each, tensor=cut.tensor) * size.weight
+        one = layer_matrices(shape, each, tensor=cut.tensor) * size.weight
+        if not packs:
+            packed = 0 if each == dense else chunks * (cut.layers[stage] // cut.virtual) * one
+        elif each != dense:  # a dense rung after it leaves the last pack where it is
+            packed = cut.layers[stage] * one
         loss = loss_bytes(shape, cut=cut, size=size, work=work) if last else 0
         once = _working_bytes(shape, each, cut=cut, size=size, work=work)
         now = replace(

@@ -8,10 +8,10 @@ and not Transformer Engine.
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from megatron_sat import cli, log
 from megatron_sat.build import plan_of, recompute_of
@@ -22,6 +22,7 @@ from megatron_sat.data.domains import parse_domains
 from megatron_sat.data.index_file import bin_path, idx_path
 from megatron_sat.data.survey import epochs_per_domain
 from megatron_sat.data.tokenizer import build_tokenizer
+from megatron_sat.engines.zero_settings import offloads
 from megatron_sat.flags.defaults import Machine
 from megatron_sat.model.flops import ModelShape
 from megatron_sat.plan import Plan, show
@@ -109,8 +110,7 @@ def rehearse(cluster: Cluster, argv: Sequence[str]) -> int:
 
 def memory_of(config: Config, *, shape: ModelShape, plan: Plan) -> Memory:
     """The estimate for a resolved run."""
-    parallel, s = config.parallel, config.settings
-    transformer = config.transformer
+    parallel, transformer = config.parallel, config.transformer
     weight = transformer["params_dtype"].itemsize
     gradient = 4 if config.ddp.get("grad_reduce_in_fp32") else weight
     chunks = parallel.virtual_pipeline or 1
@@ -124,8 +124,8 @@ def memory_of(config: Config, *, shape: ModelShape, plan: Plan) -> Memory:
             in_flight=transformer.get("microbatch_group_size_per_vp_stage"),
             sequence_parallel=parallel.sequence_parallel,
         ),
-        size=Bytes(weight=weight, gradient=gradient, optimizer=_optimizer_bytes(s, weight=weight)),
-        shards=Shards(optimizer=parallel.data * parallel.context if s.get("use_distributed_optimizer") else 1),
+        size=Bytes(weight=weight, gradient=gradient, optimizer=_optimizer_bytes(config, weight=weight)),
+        shards=_shards(config, weight=weight),
         work=Work(
             micro_batch_size=config.training.micro_batch_size,
             num_micro_batches=config.training.num_micro_batches,
@@ -155,8 +155,36 @@ def layers_by_rank(config: Config) -> tuple[int, ...]:
     return tuple(base + (rank < more) for rank in range(ranks))
 
 
-def _optimizer_bytes(settings: Mapping[str, Any], *, weight: int) -> int:
-    """Of one parameter: fp32 master weights where the model's are shorter, and the moments."""
+def _shards(config: Config, *, weight: int) -> Shards:
+    """Over how many ranks each part of the state lies; DeepSpeed's buffers by its defaults, or its file."""
+    replicas = config.parallel.data * config.parallel.context
+    if config.engine == "megatron":
+        return Shards(optimizer=replicas if config.settings.get("use_distributed_optimizer") else 1)
+    zero = config.deepspeed["zero_optimization"]
+    stage = zero["stage"]
+    numbers = [zero.get(name, default) for name, default in _BUCKETS.items() if stage == 3 or name in _BUCKETS_BEFORE_3]
+    return Shards(
+        weights=replicas if stage == 3 else 1,
+        gradients=replicas if stage >= 2 else 1,
+        optimizer=replicas if stage >= 1 else 1,
+        buffers=sum(int(float(number)) for number in numbers) * weight if stage else 0,
+    )
+
+
+_BUCKETS = {
+    "reduce_bucket_size": 5e8,
+    "stage3_max_live_parameters": 1e9,
+    "stage3_prefetch_bucket_size": 5e7,
+}
+"""Numbers that DeepSpeed holds at once on their way, and its defaults."""
+_BUCKETS_BEFORE_3 = ("reduce_bucket_size",)
+
+
+def _optimizer_bytes(config: Config, *, weight: int) -> int:
+    """Of one parameter: fp32 master weights where the model's are shorter, and the moments; 0 on the host."""
+    settings = config.settings
+    if config.deepspeed and "offload_optimizer" in offloads(config.deepspeed):
+        return 0
     moments = 4 * (settings.get("sgd_momentum", 0.9) > 0) if settings["optimizer"] == "sgd" else 8
     return moments + (4 if weight < 4 else 0)
 

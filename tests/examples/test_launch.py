@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("pretrain_*.sh"))
 OUTER = re.compile(
-    r"SLURM_|NCCL_|MODEL$|DATA$|REPLAY|VALID$|SAVE$|HOSTS$|HOSTFILE$|NODES$|GPUS?$|ENGINE$|MASTER_|NODE_RANK$"
+    r"SLURM_|NCCL_|DS_|OMP_|CUDA_DEV|MASTER_|REPLAY|(MODEL|DATA|VALID|SAVE|HOSTS|HOSTFILE|NODES|GPUS?|ENGINE|NODE_RANK|"
+    r"LAUNCHER)$"
 )
 
 
@@ -104,7 +105,7 @@ def test_what_is_not_set_is_named(name: str, things: dict[str, object]) -> None:
         ({"GPUS": "all"}, "GPUS must be a whole number above 0, got 'all'"),
         ({"NODES": "0"}, "NODES must be a whole number above 0, got '0'"),
         ({"NODES": "2"}, "NODES=2 needs NODE_RANK (0 to 1) and MASTER_ADDR on every host; or set HOSTS"),
-        ({"ENGINE": "jax"}, "ENGINE must be megatron, got jax"),
+        ({"ENGINE": "jax"}, "ENGINE must be megatron or deepspeed, got jax"),
     ],
 )
 def test_what_cannot_be_is_one_line(changed: dict[str, object], said: str, things: dict[str, object]) -> None:
@@ -131,7 +132,8 @@ def test_one_host_is_started_by_torchrun_here(things: dict[str, object]) -> None
     data = things["DATA"]
     assert f"--train-data-path {data} --replay-data-path {data} --replay-share 0.2 --valid-data-path {data}" in line
     model = things["MODEL"]
-    assert f"{EXAMPLES}/configs/continual.yaml {model}/model.yaml --load {model} --finetune --save" in line
+    configs = f"{EXAMPLES}/configs/continual.yaml {EXAMPLES}/configs/megatron.yaml {model}/model.yaml"
+    assert f"{configs} --load {model} --finetune --save" in line
     assert line.endswith("--lr 1e-5")
 
 
@@ -175,6 +177,24 @@ def test_a_host_that_fails_ends_the_others(things: dict[str, object], ssh: Path)
     assert done.returncode == 7
 
 
+def test_deepspeeds_launcher_gets_its_hostfile_and_environment(things: dict[str, object], tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("a slots=8\nb slots=8\n")
+    variables = {**things, "LAUNCHER": "deepspeed", "ENGINE": "deepspeed", "NCCL_DEBUG": "INFO"}
+    done = call("pretrain_llama2_7b.sh", **variables, HOSTFILE=hostfile)
+    assert done.returncode == 0, done.stderr
+    assert f"-m deepspeed.launcher.runner --hostfile {hostfile} --launcher pdsh --force_multi" in done.stdout
+    assert "--master_addr a --master_port 29500 --no_local_rank" in done.stdout
+    assert "configs/deepspeed.yaml" in done.stdout and "--engine deepspeed" in done.stdout
+    environment = (tmp_path / "save" / "deepspeed.env").read_text().splitlines()
+    assert {"OMP_NUM_THREADS=1", "CUDA_DEVICE_MAX_CONNECTIONS=1", "NCCL_DEBUG=INFO"} <= set(environment)
+    missing = call("pretrain_llama2_7b.sh", **variables)
+    assert "LAUNCHER=deepspeed needs HOSTFILE" in missing.stderr
+    hostfile.write_text("a\nb\n")
+    plain = call("pretrain_llama2_7b.sh", **variables, HOSTFILE=hostfile)
+    assert (plain.returncode, "HOSTFILE must say slots" in plain.stderr) == (2, True)
+
+
 def slurm(folder: Path, *, code: int) -> dict[str, object]:
     """A job of two hosts with a task each, whose ranks end with ``code``."""
     tasks = """
@@ -203,6 +223,13 @@ def test_under_slurm_a_task_is_a_rank(things: dict[str, object], tmp_path: Path)
     program_path = ROOT / "pretrain_sat.py"
     assert done.stdout.splitlines() == [f"rank {rank} of 2 here of 1 at first {program_path}" for rank in (0, 1)]
     assert not (tmp_path / "asked").exists()
+
+
+def test_under_slurm_the_run_minds_the_signal(things: dict[str, object], tmp_path: Path) -> None:
+    variables = things | slurm(tmp_path, code=0)
+    program(tmp_path / "python", 'echo "$*"')
+    done = call("pretrain_llama2_7b.sh", **variables)
+    assert "--exit-signal-handler --exit-signal SIGUSR1 --requeue-exit-code 75" in done.stdout
 
 
 @pytest.mark.parametrize(("code", "asked"), [(75, True), (1, False)])

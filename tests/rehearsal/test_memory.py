@@ -107,14 +107,17 @@ def test_state_is_what_megatron_lm_says(tp: int, pp: int, dp: int) -> None:
 # -- what was measured
 
 
-@pytest.mark.parametrize("rate", ["0.0", "0.5", "0.96"])
-def test_a_step_on_an_h100_took_what_the_estimate_says(rate: str) -> None:
+@pytest.mark.parametrize(
+    ("rate", "weights"), [("0.0", "dense"), ("0.5", "compact"), ("0.96", "compact"), ("0.5", "gather")]
+)
+def test_a_step_on_an_h100_took_what_the_estimate_says(rate: str, weights: str) -> None:
     """12 layers of Llama-2-7B's widths, 4096 tokens: the allocator's peak, benchmarks/results."""
-    result = json.loads((RESULTS / "step-h100-llama7b-12-layers-8-micro-batches.json").read_text())
-    (measured,) = [row["peak_gib"] for row in result["rows"] if row["rate"] == float(rate)]
+    name = "step-h100-llama7b-12-layers-8-micro-batches" + ("-gather" if weights == "gather" else "")
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    (measured,) = [row["peak_gib"] for row in rows if row["rate"] == float(rate) and row["weights"] == weights]
     shape = replace(LLAMA_7B, num_layers=12)
     kept = kept_shape(shape, Fraction(rate), selection_groups=1, channel_multiple=128, gqa="group")
-    found = memory_of(shape, kept, cut=replace(ALONE, layers=(12,)), packs=True)
+    found = memory_of(shape, kept, cut=replace(ALONE, layers=(12,)), packs=weights == "compact")
     assert found.total / GIB == pytest.approx(measured, rel=0.02)
 
 
@@ -208,7 +211,7 @@ def test_a_pack_stays_when_the_ladder_has_become_dense() -> None:
     dense, sparse = memory_of(), memory_of(LLAMA_7B, half, all_, packs=True)
     assert sparse.activations == dense.activations
     assert sparse.packed == 32 * (4 * 2048 * 4096 + 3 * 4096 * 5504) * 2
-    assert memory_of(LLAMA_7B, half, all_, packs=False) == dense
+    assert memory_of(LLAMA_7B, half, all_, packs=False).total < sparse.total  # what is cut anew is gone by then
     assert memory_of(LLAMA_7B, half, packs=True).activations < dense.activations
 
 

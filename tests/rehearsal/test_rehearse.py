@@ -9,7 +9,7 @@ from megatron_sat.build import build_run
 from megatron_sat.pretrain import main
 from megatron_sat.rehearsal.cluster import Cluster
 from megatron_sat.rehearsal.memory import Memory
-from megatron_sat.rehearsal.rehearse import layers_by_rank, memory_of, take
+from megatron_sat.rehearsal.rehearse import _optimizer_bytes, _shards, layers_by_rank, memory_of, take
 from tests.helpers.command_line import LADDER, llama, run
 from tests.helpers.program import LADDER as SHORT_LADDER
 from tests.helpers.program import Text, prepare_text
@@ -110,6 +110,24 @@ def test_data_that_cannot_be_used_are_refused(text: Text, capsys: pytest.Capture
     assert (code, "must hold one sample" in err) == (2, True)
 
 
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+
+
+@pytest.mark.parametrize("gpu", ["a100", "a800", "h100"])
+@pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
+@pytest.mark.parametrize("model", ["tinyllama_1.1b", "llama2_7b", "llama2_13b"])
+def test_the_papers_runs_fit_their_gpus(
+    model: str, engine: str, gpu: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(CONFIGS / f"{name}.yaml") for name in (model, "continual", engine)]
+    paths = ["--tokenizer-model", "/none", "--train-data-path", "/none"]
+    argv = ["--config", *files, "--engine", engine, *paths, "--world-size", "32", "--gpu", gpu]
+    code, out, err = dry(capsys, argv=argv)
+    assert (code, err) == (0, "")
+    assert f"the settings fit each other and 32 {gpu}" in out
+    assert "warning: tensor" not in out
+
+
 # -- memory, from settings
 
 
@@ -124,6 +142,25 @@ def test_the_estimate_of_a_run_knows_its_state_to_the_byte(text: Text) -> None:
     ((memory, number),) = run_ranks(state, 1, text.command(SHORT_LADDER))
     assert (memory.weights, memory.gradients, memory.optimizer) == (4 * number, 4 * number, 8 * number)
     assert memory.packed > 0
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeeds_stages_divide_the_state(stage: int) -> None:
+    config = run(f"--engine deepspeed --zero-stage {stage} --bf16", ranks=4)
+    shards = _shards(config, weight=2)
+    assert (shards.optimizer, shards.gradients, shards.weights) == (4, 4 if stage > 1 else 1, 4 if stage > 2 else 1)
+    assert shards.buffers >= 10**9
+
+
+def test_an_optimizer_on_the_host_takes_no_memory_of_the_gpu(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
+    config = run(f"--engine deepspeed --deepspeed-config {tmp_path}/ds.json")
+    assert _optimizer_bytes(config, weight=4) == 0
+
+
+@pytest.mark.parametrize(("flags", "expected"), [("", 8), ("--optimizer sgd", 4)])
+def test_the_optimizer_keeps_moments_and_master_weights(flags: str, expected: int) -> None:
+    assert [_optimizer_bytes(run(flags), weight=weight) for weight in (4, 2)] == [expected, expected + 4]
 
 
 @pytest.mark.parametrize(
