@@ -40,7 +40,9 @@ from megatron_sat.engines.state import (
     settle_rates,
 )
 from megatron_sat.engines.stretch import stretches_of_deepspeed
+from megatron_sat.engines.veto import Verdict
 from megatron_sat.engines.zero_settings import offloads
+from megatron_sat.engines.zero_veto import ZeroVeto
 
 
 def library() -> ModuleType:
@@ -93,6 +95,8 @@ class DeepSpeedEngine:
         self._engine, *_ = self._library.initialize(
             model=wrapped, optimizer=self._adam, config=dict(settings), mpu=ModelParallelUnit(layout)
         )
+        self._veto: ZeroVeto | None = None
+        self._sums: list[Tensor] = []
         self._find = stretches_of_deepspeed(self._engine.optimizer, stage=self._stage)
         self._state = zero_state.OptimizerState(
             self._adam,
@@ -125,12 +129,10 @@ class DeepSpeedEngine:
             total, tokens = _sum_of(forward(self._engine, batch), batch)
             self._engine.backward(total * factor, scale_wrt_gas=False)
             sums.append(torch.stack((total.detach().double(), tokens.double())))
+        self._sums = sums
         loss, num_tokens = self._mean_over_ranks(sums)
         learning_rate = self.learning_rate
-        norm = self._norm_of_whole() if self._stage == 0 else math.nan
-        self._engine.step()
-        norm = norm if self._stage == 0 else self._norm_of_shards()
-        done = bool(self._engine.was_step_applied())
+        done, norm = self._update(loss)
         if self._check_for_nan and not (done and math.isfinite(norm)):
             raise RuntimeError(
                 f"the gradient must be finite, its norm is {norm} at loss {loss}; lower --lr, look at the data of this "
@@ -141,6 +143,37 @@ class DeepSpeedEngine:
         return StepResult(
             loss=loss, num_tokens=num_tokens, grad_norm=norm, learning_rate=learning_rate, skipped=not done
         )
+
+    def _update(self, loss: float) -> tuple[bool, float]:
+        """Clip, update, and forget the gradients. Returns whether the weights moved, and the norm before clipping."""
+        veto, norm = self._veto, math.nan
+        if veto is not None:
+            veto.begin(loss)
+        if self._stage == 0:
+            norm = self._norm_of_whole()
+            if veto is not None and not veto.permits(norm):
+                self._engine.zero_grad()
+                return False, math.nan
+        self._engine.step()
+        done = bool(self._engine.was_step_applied())
+        if veto is not None and not veto.asked:  # DeepSpeed saw what is no number before it took the norm
+            veto.permits(math.nan)
+        return done, norm if self._stage == 0 else self._norm_of_shards() if done else math.nan
+
+    def judge(self, verdict: Verdict) -> None:
+        """Ask before each coming update; see `engines.veto.Judged`."""
+        self._veto = ZeroVeto(
+            self._engine.optimizer,
+            verdict=verdict,
+            replicas=self._layout.dp_cp_group,
+            norm_of=importlib.import_module("deepspeed.runtime.utils").get_global_norm_of_tensors,
+        )
+
+    @property
+    def micro_batch_losses(self) -> list[float]:
+        """Of the last step; see `engines.veto.Judged`."""
+        sums = [each.tolist() for each in self._sums]
+        return [loss / tokens if tokens else math.nan for loss, tokens in sums]
 
     def _factors(self, drawn: Sequence[Batch]) -> list[Tensor]:
         """What the summed loss of each micro-batch is multiplied by, so that DeepSpeed's mean over the replicas is the

@@ -122,7 +122,7 @@ def merge(content: Mapping[str, Any], *, said: Said) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": said.micro_batch_size,
         "gradient_accumulation_steps": said.num_micro_batches,
         "gradient_clipping": said.clip_grad,
-        "bf16": {"enabled": said.bf16},
+        "bf16": {"enabled": said.bf16, "check_grad_overflow": said.bf16},  # or ZeRO 2 would update by NaN
         "data_types": {"grad_accum_dtype": precision},
         "communication_data_type": precision,
         "zero_optimization": zero | {"stage": said.zero_stage},

@@ -87,7 +87,9 @@ METHOD: tuple[Rule, ...] = (
         beside="without --train-only new-embeddings",
     ),
     Rule(
-        keys="zero_stage deepspeed_config", idle=lambda s: s["engine"] != "deepspeed", beside="without --engine deepspeed"
+        keys="zero_stage deepspeed_config",
+        idle=lambda s: s["engine"] != "deepspeed",
+        beside="without --engine deepspeed",
     ),
     Rule(
         keys="requeue_exit_code",
