@@ -157,25 +157,13 @@ def _write(state: dict[str, Any], *, root: Path, folder: Path, strategy: Any, me
     try:
         dist_checkpointing.save(state, str(folder), strategy, content_metadata=metadata)
     except CheckpointException as error:
-        problem = _first_failure(error)
+        problem = folders.writing_trouble(folder) or (0, " ".join(str(error).split())[:200])
     problems: list[tuple[int, str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
-    failed = [found for found in problems if found is not None]
+    failed = [(found[0], f"rank {rank}: {found[1]}") for rank, found in enumerate(problems) if found is not None]
     if failed:
         _on_one_rank(lambda: shutil.rmtree(folder, ignore_errors=True))  # what was written of it takes room
-        raise OSError(*max(failed))
-
-
-def _first_failure(error: CheckpointException) -> tuple[int, str]:
-    """Number and text of what the system said; 0 where another rank knows it (torch tells the first alone)."""
-    for rank, (failure, _) in error.failures.items():
-        inner: BaseException | None = failure
-        while inner is not None and not isinstance(inner, OSError):
-            inner = inner.__cause__ or inner.__context__
-        if inner is not None:
-            return inner.errno or 0, f"rank {rank}: {inner.strerror or inner}"
-        return 0, f"rank {rank}: {failure}"
-    return 0, ""
+        raise OSError(*max(failed, key=lambda one: bool(one[0])))
 
 
 def _describe_tensors(tensors: Mapping[str, Tensor], *, layout: Layout) -> dict[str, ShardedTensor]:

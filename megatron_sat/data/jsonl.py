@@ -1,7 +1,7 @@
 """Lines of text files, plain or compressed, and which files they are. Knows nothing of JSON or tokens.
 
 Compression goes by the name: .gz, .xz, .zst, else none. A file that ends too early is an error that names the
-line.
+line, and so is a line that no memory could hold. Names inside a compressed file are not looked at.
 """
 
 import glob
@@ -18,7 +18,11 @@ import zstandard
 from megatron_sat.data.side_file import Source
 
 _READ = 1 << 17
-"""Bytes read at a time; small, because a tight .zst may grow a thousandfold."""
+"""Bytes read at a time."""
+_READ_ZST = 1 << 12
+"""The same of .zst, of which four bytes may stand for 128 KiB."""
+LONGEST_LINE = 1 << 28
+"""Bytes of a line; a few kilobytes of .xz may hold gigabytes without an end of line."""
 
 
 def find_inputs(patterns: Sequence[str], *, said: str = "--input") -> list[Path]:
@@ -72,6 +76,11 @@ class Lines:
                 for line in _split(self._count(raw)):
                     number += 1
                     yield line
+        except _TooLong as error:
+            raise ValueError(
+                f"{self.path}:{number + 1} must have at most {LONGEST_LINE} bytes before its end of line, it has more; "
+                "check that the file is jsonl"
+            ) from error
         except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
             raise ValueError(
                 f"{self.path} must be a whole {self.path.suffix} file, it is damaged after line {number}: "
@@ -84,20 +93,31 @@ class Lines:
         return new
 
     def _count(self, raw: BinaryIO) -> Iterator[bytes]:
+        if self.path.suffix in _OPENERS and not raw.read(1):
+            raise EOFError("it is empty")  # for gzip and zstandard that is no error
+        raw.seek(0)
         for chunk in _OPENERS.get(self.path.suffix, _plain)(raw):
             self._read = raw.tell()
             yield chunk
 
 
+class _TooLong(Exception):
+    """A line without an end."""
+
+
 def _split(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """Lines of a stream of chunks; the last one may lack its end. A CR before the LF goes with it."""
     begun: list[bytes] = []
+    length = 0
     for chunk in chunks:
         first, *others = chunk.split(b"\n")
         begun.append(first)
+        length = len(others[-1]) if others else length + len(first)
         for other in others:
             yield b"".join(begun).removesuffix(b"\r")
             begun = [other]
+        if length > LONGEST_LINE:
+            raise _TooLong
     if rest := b"".join(begun):
         yield rest.removesuffix(b"\r")
 
@@ -123,7 +143,7 @@ def _zstd(raw: BinaryIO) -> Iterator[bytes]:
     """Frame by frame, because zstandard's own reader takes a truncated file for a short one."""
     unpacker = zstandard.ZstdDecompressor(max_window_size=2**31)  # as `zstd --long=31` writes
     frame = None
-    while data := raw.read(_READ):
+    while data := raw.read(min(_READ, _READ_ZST)):
         while data:
             frame = frame or unpacker.decompressobj()
             yield frame.decompress(data)

@@ -6,7 +6,7 @@ fingerprint.
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,9 @@ def read_side_file(prefix: str) -> SideFile | None:
         content = json.loads(path.read_bytes())
         sources = tuple(Source(**source) for source in content.pop("sources"))
         side = SideFile(**content | {"sources": sources, "totals": Totals(**content["totals"])})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        for part in (side, side.totals, *side.sources):
+            _check_types(part)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} must be the side file of a data set, got {error!r}; prepare the data again"
         ) from error
@@ -91,6 +93,16 @@ def read_side_file(prefix: str) -> SideFile | None:
             f"{path} must have format {FORMAT}, got {side.format}; prepare the data with this version"
         )
     return side
+
+
+def _check_types(part: Any) -> None:
+    """Raise TypeError where a number or a text is something else."""
+    for each in fields(part):
+        value = getattr(part, each.name)
+        if each.type in (int, str) and type(value) is not each.type:
+            raise TypeError(f"{each.name} is {value!r}")
+    if isinstance(part, SideFile) and not isinstance(part.options, dict):
+        raise TypeError(f"options is {part.options!r}")
 
 
 def write_side_file(prefix: str, side: SideFile) -> None:

@@ -29,7 +29,7 @@ class TrainingConfig:
     exit_signal: str = "SIGTERM"
     """Name of that signal."""
     requeue_exit_code: int = 75
-    """Code that the process then ends with, in [5, 125]; 75 is the system's word for "try again later"."""
+    """Code that the process then ends with, in [6, 125]; 75 is the system's word for "try again later"."""
     seed: int = 1234
     """Of weights and dropout, above 0."""
     train_only: str = "all"
@@ -43,9 +43,9 @@ class TrainingConfig:
         for name in ("eval_interval", "exit_interval", "exit_duration_in_mins"):
             _at_least(1, name=name, value=getattr(self, name))
         _at_least(0, name="eval_iters", value=self.eval_iters)
-        if not 5 <= self.requeue_exit_code <= 125:
+        if not 6 <= self.requeue_exit_code <= 125:
             raise ValueError(
-                f"--requeue-exit-code must be in [5, 125], which mean nothing else, got {self.requeue_exit_code}; "
+                f"--requeue-exit-code must be in [6, 125], which mean nothing else, got {self.requeue_exit_code}; "
                 "leave it out for 75"
             )
         _at_least(1, name="seed", value=self.seed)

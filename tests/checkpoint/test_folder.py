@@ -1,6 +1,9 @@
 """Checkpoints on the disk: named when whole, found by their tracker, missed with a hint."""
 
+import errno
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,3 +82,51 @@ def test_a_later_iteration_than_the_new_one_does_not_outlive_it_by_number(tmp_pa
     (folder.begin(tmp_path, 15) / "metadata.json").write_text("{}")
     folder.finish(tmp_path, 15, keep_last=1)
     assert folder.iterations(tmp_path) == [15]
+
+
+class Crash(BaseException):
+    """Ends a process anywhere."""
+
+
+@pytest.mark.parametrize("moment", range(12))
+@pytest.mark.parametrize("keep_last", [None, 1])
+def test_a_crash_at_any_moment_of_the_end_leaves_a_whole_checkpoint_that_the_tracker_names(
+    moment: int, keep_last: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a checkpoint is written anew, after a resume from an older one."""
+    whole(tmp_path, 10, 20)
+    (folder.begin(tmp_path, 20) / "metadata.json").write_text("new")
+    left = moment
+
+    def crashes(true: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Crash
+            return true(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((Path, "rename"), (Path, "replace"), (folder.os, "fsync"), (folder.os, "rmdir")):
+            patch.setattr(owner, name, crashes(getattr(owner, name)))
+        patch.setattr(folder.os, "unlink", crashes(folder.os.unlink))
+        try:
+            folder.finish(tmp_path, 20, keep_last=keep_last)
+        except Crash:
+            pass
+        else:
+            assert left >= 0
+    found, step = folder.find(tmp_path, step=None)
+    assert step == 20 and (found / "metadata.json").read_text() in ("{}", "new")
+    assert all((folder.folder_of(tmp_path, i) / "metadata.json").is_file() for i in folder.iterations(tmp_path))
+    (folder.begin(tmp_path, 30) / "metadata.json").write_text("{}")
+    folder.finish(tmp_path, 30, keep_last=1)
+    assert {path.name for path in tmp_path.iterdir()} <= {"iter_0000030", TRACKER, f"{TRACKER}.unfinished"}
+
+
+def test_what_the_system_says_to_a_writer_is_told(tmp_path: Path) -> None:
+    assert folder.writing_trouble(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+    assert folder.writing_trouble(tmp_path / "absent") == (errno.ENOENT, "No such file or directory")

@@ -7,6 +7,7 @@ would. When one of them is gone the others get a moment to notice, and then go t
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -80,8 +81,9 @@ def _rank(program: Callable[[list[str]], int], argv: list[str], *, rank: int, si
     code = 1
     try:
         output = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+        for number in (1, 2):
+            os.dup2(output, number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))  # pytest's own hide them
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
         dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size)
         code = program(argv)

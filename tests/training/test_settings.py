@@ -25,7 +25,7 @@ RUN = {"train_iters": 10, "micro_batch_size": 2, "global_batch_size": 8, "num_mi
             "--exit-duration-in-mins must be at least 1, got 0",
         ),
         (TrainingConfig, {**RUN, "eval_iters": -1}, "--eval-iters must be at least 0, got -1"),
-        (TrainingConfig, {**RUN, "requeue_exit_code": 3}, r"--requeue-exit-code must be in \[5, 125\], .*got 3"),
+        (TrainingConfig, {**RUN, "requeue_exit_code": 5}, r"--requeue-exit-code must be in \[6, 125\], .*got 5"),
         (TrainingConfig, {**RUN, "seed": 0}, "--seed must be at least 1, got 0"),
         (
             TrainingConfig,
