@@ -3,6 +3,7 @@
 Every refusal names the setting, what is needed, what was given and the way out, before anything is built.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,11 @@ from megatron_sat.flags.flag import Settings, dashed
 _NEEDS: tuple[tuple[str, Any, str], ...] = (
     ("optimizer", "adam", "DeepSpeed steps on torch's AdamW here; use --optimizer adam"),
     ("fp16", False, "its loss scaling was never compared; use --bf16"),
+    ("grad_norm_skip_threshold", math.inf, "DeepSpeed has no such limit; use --max-norm-leap"),
+    ("main_grads_dtype", "fp32", "use --no-accumulate-allreduce-grads-in-fp32"),
+    ("main_params_dtype", "fp32", "DeepSpeed's copies are fp32; leave it out"),
+    ("exp_avg_dtype", "fp32", "DeepSpeed's moments are fp32; leave it out"),
+    ("exp_avg_sq_dtype", "fp32", "DeepSpeed's moments are fp32; leave it out"),
     ("train_only", "all", "its shards hold no part of a model; make it a stage of its own with --engine megatron"),
 )
 """(key, the value it must have, why and the way out)."""
@@ -65,7 +71,7 @@ def check_engine(settings: Settings) -> None:
             "DeepSpeed has not; leave --sat-weights out"
         )
     for key, value, why in _NEEDS:
-        if settings[key] != value:
+        if settings.get(key, value) != value:  # some are not in megatron-core 0.16
             need = f"{dashed(key)} {value}" if value is not False else f"no {dashed(key)}"
             raise ValueError(f"--engine deepspeed needs {need}, got {settings[key]}: {why}")
     for key, way_out in _MEGATRONS.items():

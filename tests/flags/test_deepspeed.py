@@ -24,6 +24,8 @@ REFUSED = [
     (f"{LADDER} --sat-weights compact", 1, "--engine deepspeed needs --sat-weights gather, got compact: packed gradi"),
     ("--optimizer sgd", 1, "--engine deepspeed needs --optimizer adam, got sgd: DeepSpeed steps on torch's AdamW here"),
     ("--fp16", 1, "--engine deepspeed needs no --fp16, got True: its loss scaling was never compared; use --bf16"),
+    ("--exp-avg-dtype bf16", 1, "--engine deepspeed needs --exp-avg-dtype fp32, got bf16: DeepSpeed's moments are"),
+    ("--main-grads-dtype bf16", 1, "--engine deepspeed needs --main-grads-dtype fp32, got bf16: use --no-accum"),
     ("--train-only new-embeddings", 1, "--engine deepspeed needs --train-only all, got new-embeddings: its shards"),
     ("--use-distributed-optimizer", 1, "--use-distributed-optimizer is for --engine megatron, got it with --engine d"),
     ("--overlap-grad-reduce", 1, "--overlap-grad-reduce is for --engine megatron, got it with --engine deepspeed; set"),

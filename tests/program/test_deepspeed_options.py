@@ -72,6 +72,13 @@ def test_tied_embeddings_train_alike(stage: int, text: Text, tmp_path: Path) -> 
     assert_same_run(tied(on, 2), tied(WIDE, 1))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_replicas_that_choose_alone_choose_as_on_megatrons_engine(stage: int, text: Text, tmp_path: Path) -> None:
+    local = "--sat-dp-selection local --sat-selection top-k"
+    assert_same_run(run(text, tmp_path, f"--zero-stage {stage} {local}", ranks=2), run(text, tmp_path, local, ranks=2))
+
+
 FILES = {
     "the defaults of stage 3": (3, {}),
     "an offloaded optimizer": (2, {"offload_optimizer": {"device": "cpu"}}),
