@@ -27,9 +27,10 @@ from megatron_sat.rehearsal.memory import (
     parameters,
     under_way,
 )
+from tests.helpers.plain_engine import MICRO_BATCHES, make_engine, train
 from tests.helpers.ranks import run_ranks
 from tests.helpers.saved import Saved
-from tests.helpers.tiny import SEQ, VOCAB, batch, layout, losses, tiny_chunks
+from tests.helpers.tiny import SEQ, VOCAB, bare, batch, layout, losses, tiny_chunks
 
 LLAMA_7B = ModelShape(
     num_layers=32, hidden_size=4096, num_attention_heads=32, num_query_groups=32, kv_channels=128,
@@ -166,6 +167,37 @@ def test_forwards_under_way_are_those_of_the_schedule(
 ) -> None:
     cut = Cut(tensor=1, context=1, layers=(4,) * ranks, virtual=virtual)
     assert [under_way(stage, cut=cut, num_micro_batches=micro_batches) for stage in range(ranks)] == expected
+
+
+def most_under_way(rank: int, virtual_pp: int | None) -> int:
+    """Of a step of a real pipeline: forwards of a chunk's first MLP whose backward is still to come, at most."""
+    model = {"overlap_p2p_comm": True, "batch_p2p_comm": False} if virtual_pp else {}
+    engine, there = make_engine(pp=2, virtual_pp=virtual_pp, build=tiny_chunks, model=model)
+    now, most = 0, 0
+
+    def forward(*_: Any) -> None:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+
+    def backward(*_: Any) -> None:
+        nonlocal now
+        now -= 1
+
+    for chunk in engine.chunks:
+        first = bare(chunk).decoder.layers[0].mlp
+        first.register_forward_hook(forward)
+        first.register_full_backward_hook(backward)
+    train(engine, there, steps=range(1))
+    assert now == 0
+    return most
+
+
+@pytest.mark.parametrize("virtual_pp", [None, 2])
+def test_a_real_pipeline_has_as_many_forwards_under_way(virtual_pp: int | None) -> None:
+    cut = Cut(tensor=1, context=1, layers=(2, 2), virtual=virtual_pp or 1)
+    expected = [under_way(stage, cut=cut, num_micro_batches=MICRO_BATCHES) for stage in (0, 1)]
+    assert run_ranks(most_under_way, 2, virtual_pp) == expected
 
 
 def test_the_first_pipeline_rank_holds_the_activations_of_all_layers() -> None:
