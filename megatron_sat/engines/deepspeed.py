@@ -47,6 +47,8 @@ from megatron_sat.engines.zero_veto import ZeroVeto
 
 def library() -> ModuleType:
     """The package, quiet and without what it would compile. Raises ValueError where it is not installed."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it warns of a CPU while it is imported
     try:
         deepspeed = importlib.import_module("deepspeed")
     except ImportError as error:
@@ -54,6 +56,8 @@ def library() -> ModuleType:
             f"--engine deepspeed needs the package deepspeed, which cannot be imported ({error}); "
             "pip install 'megatron-sat[deepspeed]', or leave --engine out"
         ) from error
+    finally:
+        logging.disable(before)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # gloo serves as well; without ninja and a compiler DeepSpeed fails at its start where it counts on this one
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,11 +1,14 @@
 """The engine on DeepSpeed: whatever the stage and the layout, it trains as the engine on megatron.core does."""
 
+import math
 import sys
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_sat.engines import deepspeed
+from megatron_sat.engines.base import Batch, forward_tokens
 from megatron_sat.engines.deepspeed import library
 from tests.engines.test_megatron import LOSS, NORM, STEPS, far
 from tests.engines.test_megatron import run as run_on_megatron
@@ -15,7 +18,6 @@ from tests.helpers.zero_engine import load_library, make_zero_engine, mostly_slo
 
 pytestmark = needs_deepspeed
 
-BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
 SP = {"sequence_parallel": True}
 
 LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -71,3 +73,27 @@ def test_a_stage_in_a_layout_trains_and_evaluates_like_megatrons_engine_alone(
     loss, norm = far(answers[0], other=alone)
     assert loss < LOSS
     assert norm < NORM
+
+
+def run_without_sums(rank: int, stage: int, settings: dict[str, Any]) -> dict[str, Any]:
+    deepspeed._sum_over_tp = lambda *_, **__: None  # type: ignore[assignment]
+    return run(rank, stage, settings)
+
+
+def test_norms_whose_gradients_are_not_summed_over_tensor_parallelism_are_told_apart(alone: dict[str, Any]) -> None:
+    answer = run_ranks(run_without_sums, 2, 1, {"tp": 2, "model": SP})[0]
+    assert far(answer, other=alone)[0] > 10 * LOSS
+
+
+def not_finite(rank: int) -> None:
+    engine, layout = make_zero_engine(2)
+
+    def spoilt(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return forward_tokens(model, batch) * math.nan
+
+    engine.train_step(batches_of(0, layout), num_micro_batches=MICRO_BATCHES, forward=spoilt)
+
+
+def test_a_gradient_that_is_no_number_ends_a_run_that_nothing_else_watches() -> None:
+    with pytest.raises(RuntimeError, match="the gradient must be finite, its norm is nan at loss nan; lower --lr"):
+        run_ranks(not_finite, 1)
