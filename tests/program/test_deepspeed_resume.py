@@ -39,7 +39,7 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("case", mostly_slow(SAME, fast=("zero 1, dp 2", "zero 3, dp 2, bf16")))
+@pytest.mark.parametrize("case", mostly_slow(SAME, fast=("zero 1, dp 2", "zero 3, dp 2")))
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     case: str, text: Text, sharded: str, tmp_path: Path
 ) -> None:
@@ -78,7 +78,7 @@ def test_a_run_goes_on_in_another_stage_or_layout(move: str, text: Text, sharded
     assert_close(resumed.validation, saved.whole.validation, **RUN_LOSS)
 
 
-@pytest.mark.parametrize("precision", ["", "--bf16"])
+@pytest.mark.parametrize("precision", mostly_slow(("", "--bf16"), fast=("",)))
 def test_a_checkpoint_opens_on_megatrons_engine_with_the_same_weights(
     precision: str, text: Text, sharded: str, tmp_path: Path
 ) -> None:
