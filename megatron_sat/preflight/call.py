@@ -151,8 +151,9 @@ def try_network(
     making its connections at all: then a second thread says so and ends the process by ``end``.
     """
     store.set(f"network/{place.rank}", "")
-    # a connection of its own: NCCL may be waiting on the other one
-    stuck = threading.Timer(timeout_seconds + GRACE_SECONDS, _give_up, (store.clone(), place, timeout_seconds, end))
+    # a connection of its own where stores can be cloned: NCCL may be waiting on the other one
+    apart = getattr(store, "clone", lambda: store)()
+    stuck = threading.Timer(timeout_seconds + GRACE_SECONDS, _give_up, (apart, place, timeout_seconds, end))
     stuck.daemon = True
     stuck.start()
     try:
