@@ -7,6 +7,7 @@ a checkpoint and takes it back. It does not know which modules the model is made
 Shapes: `b` micro-batch, `s` sequence, `cp` context-parallel size.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -58,6 +59,17 @@ def forward_tokens(model: torch.nn.Module, batch: Batch) -> Tensor:
     """
     mask = batch.get("attention_mask")
     return model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
+
+
+def masked_sum(losses: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """losses: [b, s/cp]. Returns their sum over the unmasked tokens, and the number of those, both fp32."""
+    mask = batch["loss_mask"].reshape(-1).float()
+    return torch.sum(losses.reshape(-1).float() * mask), mask.sum()
+
+
+def mean_losses(sums: Iterable[Tensor]) -> list[float]:
+    """Of each micro-batch, from its [loss, tokens]; NaN where it has no unmasked token."""
+    return [loss / tokens if tokens else math.nan for loss, tokens in (each.tolist() for each in sums)]
 
 
 class Engine(Protocol):

@@ -27,10 +27,19 @@ from torch import Tensor
 
 from megatron_sat.distributed import Layout, declare_local_rank
 from megatron_sat.engines import zero_state
-from megatron_sat.engines.base import Batch, Evaluation, Forward, Held, StepResult, forward_tokens
+from megatron_sat.engines.base import (
+    Batch,
+    Evaluation,
+    Forward,
+    Held,
+    StepResult,
+    forward_tokens,
+    masked_sum,
+    mean_losses,
+)
 from megatron_sat.engines.frozen import hold_stretches
 from megatron_sat.engines.mpu import ModelParallelUnit
-from megatron_sat.engines.optim import LearningRateConfig, build_scheduler, match_groups
+from megatron_sat.engines.optim import LearningRateConfig, build_scheduler, coming_rate, match_groups
 from megatron_sat.engines.state import (
     CONTENT_METADATA,
     missing_state,
@@ -118,7 +127,7 @@ class DeepSpeedEngine:
     @property
     def learning_rate(self) -> float:
         """The rate that the next update will use (of the embedding-free group where rates are decoupled)."""
-        return next(float(group["lr"]) for group in self._adam.param_groups if group["default_config"])
+        return coming_rate(self._adam.param_groups)
 
     def train_step(
         self, micro_batches: Iterator[Batch], *, num_micro_batches: int, forward: Forward = forward_tokens
@@ -130,7 +139,7 @@ class DeepSpeedEngine:
         sums = []
         for number, (batch, factor) in enumerate(zip(drawn, factors, strict=True), start=1):
             self._engine.set_gradient_accumulation_boundary(number == num_micro_batches)
-            total, tokens = _sum_of(forward(self._engine, batch), batch)
+            total, tokens = masked_sum(forward(self._engine, batch), batch)
             self._engine.backward(total * factor, scale_wrt_gas=False)
             sums.append(torch.stack((total.detach().double(), tokens.double())))
         self._sums = sums
@@ -176,8 +185,7 @@ class DeepSpeedEngine:
     @property
     def micro_batch_losses(self) -> list[float]:
         """Of the last step; see `engines.veto.Judged`."""
-        sums = [each.tolist() for each in self._sums]
-        return [loss / tokens if tokens else math.nan for loss, tokens in sums]
+        return mean_losses(self._sums)
 
     def _factors(self, drawn: Sequence[Batch]) -> list[Tensor]:
         """What the summed loss of each micro-batch is multiplied by, so that DeepSpeed's mean over the replicas is the
@@ -199,7 +207,7 @@ class DeepSpeedEngine:
         sums = []
         for _ in range(num_micro_batches):
             batch = next(micro_batches)
-            total, tokens = _sum_of(forward(self._engine, batch), batch)
+            total, tokens = masked_sum(forward(self._engine, batch), batch)
             sums.append(torch.stack((total.double(), tokens.double())))
         self._engine.train()
         loss, num_tokens = self._mean_over_ranks(sums)
@@ -312,12 +320,6 @@ def build_adam(model: torch.nn.Module, *, config: OptimizerConfig) -> torch.opti
         weight_decay=config.weight_decay,
         fused=True if torch.cuda.is_available() else None,
     )
-
-
-def _sum_of(losses: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """losses: [b, s/cp]. Returns their sum over the unmasked tokens, and the number of those."""
-    mask = batch["loss_mask"].reshape(-1).float()
-    return torch.sum(losses.reshape(-1).float() * mask), mask.sum()
 
 
 def _sum_over_tp(model: torch.nn.Module, *, config: TransformerConfig, group: dist.ProcessGroup) -> None:

@@ -27,10 +27,19 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_sat.distributed import Layout
-from megatron_sat.engines.base import Batch, Evaluation, Forward, Held, StepResult, forward_tokens
+from megatron_sat.engines.base import (
+    Batch,
+    Evaluation,
+    Forward,
+    Held,
+    StepResult,
+    forward_tokens,
+    masked_sum,
+    mean_losses,
+)
 from megatron_sat.engines.ddp import wrap_chunks
 from megatron_sat.engines.frozen import hold_entries
-from megatron_sat.engines.optim import LearningRateConfig, build_optimizer, build_scheduler
+from megatron_sat.engines.optim import LearningRateConfig, build_optimizer, build_scheduler, coming_rate
 from megatron_sat.engines.state import CONTENT_METADATA, complaint, describe_state, take_back
 from megatron_sat.engines.veto import Verdict, Veto
 
@@ -122,7 +131,7 @@ class MegatronEngine:
     @property
     def learning_rate(self) -> float:
         """The rate that the next update will use (of the embedding-free group where rates are decoupled)."""
-        return next(float(group["lr"]) for group in self._optimizer.param_groups if group["default_config"])
+        return coming_rate(self._optimizer.param_groups)
 
     def train_step(
         self, micro_batches: Iterator[Batch], *, num_micro_batches: int, forward: Forward = forward_tokens
@@ -206,8 +215,7 @@ class MegatronEngine:
     @property
     def micro_batch_losses(self) -> list[float]:
         """Of the last step; see `engines.veto.Judged`."""
-        sums = [each.tolist() for each in self._sums]
-        return [loss / tokens if tokens else math.nan for loss, tokens in sums]
+        return mean_losses(self._sums)
 
     def gather_weights(self) -> None:
         """Make the weights whole now; see `Engine.gather_weights`."""
@@ -267,9 +275,7 @@ def _as_megatron_calls_it(forward: Forward) -> Callable[..., tuple[Tensor, Calla
 
         def loss_of(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             """losses: [b, s/cp]. Returns the sum, the number of tokens, and a report of both."""
-            mask = batch["loss_mask"].reshape(-1).float()
-            total = torch.sum(losses.reshape(-1).float() * mask)
-            tokens = mask.sum()
+            total, tokens = masked_sum(losses, batch)
             # double makes copies: the schedule goes on to divide the first two in place
             report = torch.stack((total.detach().double(), tokens.double()))
             return total, tokens.to(torch.int), report

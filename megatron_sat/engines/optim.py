@@ -6,7 +6,7 @@ schedule means the same to both. Weight decay skips norms and biases only where 
 the parameter groups: an optimizer without `build_scheduler` decays them too.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,6 +226,11 @@ def build_scheduler(optimizer: MegatronOptimizer, *, config: LearningRateConfig)
         wsd_decay_steps=None if config.lr_wsd_decay_iters is None else config.lr_wsd_decay_iters * batch,
         lr_wsd_decay_style=config.lr_wsd_decay_style,
     )
+
+
+def coming_rate(param_groups: Iterable[Mapping[str, Any]]) -> float:
+    """The rate that the next update will use (of the embedding-free group where rates are decoupled)."""
+    return next(float(group["lr"]) for group in param_groups if group["default_config"])
 
 
 def describe_adam() -> str:

@@ -30,6 +30,13 @@ class Judged(Protocol):
         """Of the last training step, the mean loss of each micro-batch of this rank; empty but on the last stage."""
 
 
+def permitted(mine: bool, *, replicas: dist.ProcessGroup) -> bool:
+    """Whether every replica permits the update; collective."""
+    refused = torch.tensor([0.0 if mine else 1.0], device=torch.cuda.current_device())
+    dist.all_reduce(refused, op=dist.ReduceOp.MAX, group=replicas)
+    return not refused.item()
+
+
 class Veto:
     """Asks before each update of one optimizer."""
 
@@ -55,6 +62,4 @@ class Veto:
 
     def _ask(self) -> bool:
         norm, self._norm = self._norm, None
-        refused = torch.tensor([0.0 if self._verdict(self.loss, norm) else 1.0], device=torch.cuda.current_device())
-        dist.all_reduce(refused, op=dist.ReduceOp.MAX, group=self._replicas)
-        return False if refused.item() else bool(self._update())
+        return permitted(self._verdict(self.loss, norm), replicas=self._replicas) and bool(self._update())

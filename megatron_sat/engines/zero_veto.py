@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sat.engines.veto import Verdict
+from megatron_sat.engines.veto import Verdict, permitted
 
 NONE = -1.0
 """What DeepSpeed writes for a norm that is not finite."""
@@ -47,9 +47,7 @@ class ZeroVeto:
     def permits(self, norm: float) -> bool:
         """Whether the update may be made; collective over the replicas."""
         self.asked = True
-        refused = torch.tensor([0.0 if self._verdict(self.loss, norm) else 1.0], device=torch.cuda.current_device())
-        dist.all_reduce(refused, op=dist.ReduceOp.MAX, group=self._replicas)
-        return not refused.item()
+        return permitted(self._verdict(self.loss, norm), replicas=self._replicas)
 
     def _of_one(self, norm: Callable[..., Any], *, scale: Callable[[], float]) -> Callable[..., Any]:
         def listened(*args: Any, **kwargs: Any) -> Any:

@@ -149,15 +149,16 @@ class GraphedLayer(TransformerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As Megatron's: (hidden states [s, b, h], context)."""
+        if self.record is None or args or "hidden_states" not in kwargs:
+            return super().forward(*args, **kwargs)
         bound = dict(kwargs)
-        hidden = bound.pop("hidden_states", None)
-        key = None if args or hidden is None else self._key(hidden)
-        kept = self._kept
+        hidden = bound.pop("hidden_states")
+        key, kept = self._key(hidden), self._kept
         if key is None or self._seen != key:
             if key is not None:
                 self._kept = None  # eager once, and the memory of the last shape is free before
             output = super().forward(*args, **kwargs)
-            self._seen = None if args or hidden is None else self._key(hidden)
+            self._seen = self._key(hidden)
             return output
         if kept is None or kept.key != key or any(bound[name] is not kept.bound[name] for name in bound):
             kept = self._kept = self._recorded(hidden, key=key, bound=bound)
@@ -165,7 +166,7 @@ class GraphedLayer(TransformerLayer):
 
     def _key(self, hidden: Tensor) -> tuple[Any, ...] | None:
         """What must be alike for a recording to serve this call; None where none may."""
-        if self.record is None or not self.training or not torch.is_grad_enabled() or not hidden.requires_grad:
+        if not self.training or not torch.is_grad_enabled() or not hidden.requires_grad:
             return None
         if not all(parameter.requires_grad for parameter in self.parameters()):
             return None
