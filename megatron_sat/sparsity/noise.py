@@ -1,6 +1,6 @@
 """The selection noise of several selectors, drawn together and one step ahead.
 
-What a unit's noise is depends on seed, step, layer and kind alone (`selection.gumbel_noise`); drawn one module at a
+What a unit's noise is depends on seed, step, layer and kind alone (`selection.uniform_draw`); drawn one module at a
 time it costs the host 0.2 ms each, just where the device waits for it. Here one copy and one pair of logarithms serve
 all modules, and the next step's are drawn when this step's last module has chosen: the device has the head to do then.
 """

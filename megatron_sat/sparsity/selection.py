@@ -54,13 +54,6 @@ def gumbel(uniform: Tensor, *, device: torch.device | None = None) -> Tensor:
     return -torch.log(-torch.log(uniform)).float()
 
 
-def gumbel_noise(
-    total: int, *, seed: int, step: int, layer: int, kind: str, device: torch.device | None = None
-) -> Tensor:
-    """[total] fp32 standard Gumbel variates on ``device``: the noise of one module in one step."""
-    return gumbel(uniform_draw(total, seed=seed, step=step, layer=layer, kind=kind), device=device)
-
-
 def select(scores: Tensor, *, groups: int, keep: int, noise: Tensor | None, temperature: float) -> Tensor:
     """The ``keep`` best of each of ``groups`` equal runs of ``scores``.
 

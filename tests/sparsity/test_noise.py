@@ -5,7 +5,7 @@ import torch
 
 from megatron_sat.sparsity import noise as room
 from megatron_sat.sparsity.noise import Noise, Part
-from megatron_sat.sparsity.selection import gumbel_noise
+from tests.helpers.noise import gumbel_noise
 
 CPU = torch.device("cpu")
 PARTS = [

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sat.sparsity.selection import gumbel_noise, keep_count, select
+from megatron_sat.sparsity.selection import keep_count, select
+from tests.helpers.noise import gumbel_noise
 from tests.helpers.reference import literal_keep_count, literal_select, subset_probabilities
 from tests.helpers.tolerances import EXACT, P_VALUE, STANDARD_DEVIATIONS
 

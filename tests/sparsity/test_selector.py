@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from megatron_sat.sparsity.importance import METRICS
-from megatron_sat.sparsity.selection import gumbel_noise
 from megatron_sat.sparsity.selector import SelectionConfig
 from tests.helpers.choosing import (
     CHANNELS,
@@ -22,6 +21,7 @@ from tests.helpers.choosing import (
     in_step,
     tokens_of,
 )
+from tests.helpers.noise import gumbel_noise
 from tests.helpers.reference import (
     label_qkv,
     literal_contribution,
