@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -117,10 +118,35 @@ def _gradients(recording: Any, leaves: Sequence[Tensor]) -> list[Tensor | None]:
     )
 
 
+class SharedPool:
+    """Memory that living recordings share. The allocator buries a pool with its last graph: then there is a new one."""
+
+    def __init__(self, new_handle: Callable[[], Any]) -> None:
+        self._new_handle = new_handle
+        self._handle: Any = None
+        self._living: WeakSet[Any] = WeakSet()
+
+    def handle(self) -> Any:
+        """Of the pool to record into now."""
+        if self._handle is None or not self._living:
+            self._handle = self._new_handle()
+        return self._handle
+
+    def joined_by(self, recording: Any) -> None:
+        """The recording holds graphs in this pool as long as it lives."""
+        self._living.add(recording)
+
+
 def record_on_gpu() -> Record:
     """Recordings of one model: they share a pool of memory and the stream they are recorded on."""
-    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-    return lambda compute, hidden, leaves: _OnGpu(compute, hidden, leaves, pool=pool, stream=stream)
+    pool, stream = SharedPool(torch.cuda.graph_pool_handle), torch.cuda.Stream()
+
+    def record(compute: Compute, hidden: Tensor, leaves: Sequence[Tensor]) -> Recording:
+        recording = _OnGpu(compute, hidden, leaves, pool=pool.handle(), stream=stream)
+        pool.joined_by(recording)
+        return recording
+
+    return record
 
 
 RERUN: Record = _Rerun
@@ -158,7 +184,7 @@ class GraphedLayer(TransformerLayer):
             if key is not None:
                 self._kept = None  # eager once, and the memory of the last shape is free before
             output = super().forward(*args, **kwargs)
-            self._seen = self._key(hidden)
+            self._seen = self._key(hidden) or self._seen  # an evaluation in between changes nothing
             return output
         if kept is None or kept.key != key or any(bound[name] is not kept.bound[name] for name in bound):
             kept = self._kept = self._recorded(hidden, key=key, bound=bound)

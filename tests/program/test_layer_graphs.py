@@ -123,6 +123,25 @@ def test_where_a_layer_cannot_be_replayed_it_is_said(flags: str, ranks: int, tex
     assert "--layer-graphs has no effect with model parallelism, recomputation, dropout, biases" in ended.err
 
 
+def test_an_evaluation_in_between_records_nothing_anew(text: Text, counting: Counting) -> None:
+    whole = count_of(text.command("--layer-graphs --eval-interval 2"), counting)
+    assert whole == f"recorded 4, replayed {4 * 27}/{4 * 27}"
+
+
+def test_a_pool_whose_recordings_are_gone_is_not_used_again() -> None:
+    """The allocator ends a pool with its last graph, and refuses its handle from then on."""
+    handles = iter("abc")
+    pool = graphed.SharedPool(lambda: next(handles))
+    first, second = Counting(), Counting()
+    for recording in (first, second):
+        assert pool.handle() == "a"
+        pool.joined_by(recording)
+    del first, recording
+    assert pool.handle() == "a"
+    del second
+    assert pool.handle() == "b"
+
+
 def test_a_frozen_layer_stays_eager(text: Text) -> None:
     layer = graphed.GraphedLayer.__new__(graphed.GraphedLayer)
     torch.nn.Module.__init__(layer)
@@ -133,12 +152,14 @@ def test_a_frozen_layer_stays_eager(text: Text) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ["dense", "ladder", "lagged"])
-def test_cuda_graphs_and_eager_runs_are_equal(case: str, text: Text, tmp_path: Path) -> None:
+@pytest.mark.parametrize("evaluated", ["", "--eval-interval 2"], ids=["straight", "evaluated"])
+def test_cuda_graphs_and_eager_runs_are_equal(evaluated: str, case: str, text: Text, tmp_path: Path) -> None:
     """Runs in one process of its own each: forked ranks have no CUDA."""
     found = []
     for number, graphs in enumerate(("--no-layer-graphs", "--layer-graphs")):
         log = tmp_path / f"{number}.jsonl"
-        flags = f"{CASES[case]} --bf16 --seq-length 128 --max-position-embeddings 128 {graphs} --log-jsonl {log}"
+        flags = f"{CASES[case]} --bf16 --seq-length 128 --max-position-embeddings 128 {graphs} {evaluated}"
+        flags += f" --log-jsonl {log}"
         flags += " --sat-channel-multiple 8" if CASES[case] else ""
         argv = text.command(flags, without="--seq-length --max-position-embeddings")
         command = [sys.executable, "pretrain_sat.py", *argv]
