@@ -27,7 +27,8 @@ from megatron_sat.engines.stretch import whole_shape, whole_weight
 from megatron_sat.layers import compiled, fused, rope
 from megatron_sat.layers.attach import attach_selectors
 from megatron_sat.layers.available import in_use
-from megatron_sat.layers.graphed import RERUN, record_layers, record_on_gpu
+from megatron_sat.layers.graphed import record_layers
+from megatron_sat.layers.recording import GpuRecorder, RerunRecorder
 from megatron_sat.model.builder import build_chunks, embedding_of
 from megatron_sat.model.flops import ModelShape, Recompute, choice_flops, shape_of
 from megatron_sat.plan import Plan, build_plan
@@ -95,7 +96,7 @@ def build_run(config: Config) -> Run:
     if rows is not None:
         train_only(rows, chunks=engine.chunks, hold=engine.hold)
     if config.layer_graphs:
-        record_layers(chunks, record=record_on_gpu() if torch.cuda.is_available() else RERUN)
+        record_layers(chunks, recorder=GpuRecorder() if torch.cuda.is_available() else RerunRecorder())
     schedule = build_schedule(config.schedule)
     controller = Controller(sparse_modules(chunks), schedule=schedule, interval=config.selection.selection_interval)
     if config.omitted_neurons == "frozen":

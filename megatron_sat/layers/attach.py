@@ -18,7 +18,8 @@ from megatron_sat.layers.mlp import SparseMLP
 from megatron_sat.layers.sparse import SparsePair
 from megatron_sat.sparsity.importance import Needs
 from megatron_sat.sparsity.neurons import Channels, Heads, Neurons
-from megatron_sat.sparsity.selector import Place, SelectionConfig, Selector, Weights
+from megatron_sat.sparsity.place import Place, Weights
+from megatron_sat.sparsity.selector import SelectionConfig, Selector
 
 Whole = Callable[[Tensor], Tensor]
 """A weight with all its values, where this rank may have been left a shard of them. Collective over the replicas."""

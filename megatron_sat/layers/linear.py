@@ -50,6 +50,15 @@ class _Cutting:
     # -- for recordings, which find the packed weight where it was
 
     @property
+    def packed_buffer(self) -> Tensor | None:
+        """Where the kept part was packed last; None: nowhere yet."""
+        return None if self._pack is None else self._pack[1].buffer
+
+    def take_pack(self, packing: Packing, *, index: Tensor, dim: int, buffer: Tensor) -> None:
+        """For the step ``packing`` the kept part lies in ``buffer``."""
+        self._pack = packing, Pack(self.weight, index, dim=dim, uses=packing.uses, buffer=buffer, packed=True)
+
+    @property
     def replayable(self) -> bool:
         """Whether gradients are added up where they lie, and nothing depends on which neurons are kept."""
         return self.gradient_accumulation_fusion and self.bias is None and hasattr(self.weight, "main_grad")  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 out, and `entries` names the parameters of some units for whoever must hold them still.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,11 +21,11 @@ Output = tuple[Tensor, Tensor | None]
 
 
 class _SeenError(Exception):
-    """A look has seen what it wanted: the product behind it need not be made."""
+    """A look has seen what it wanted: what comes behind need not be computed."""
 
-    def __init__(self, activations: Tensor) -> None:
+    def __init__(self, seen: Tensor) -> None:
         super().__init__()
-        self.activations = activations
+        self.seen = seen
 
 
 def _stop_at(activations: Tensor) -> None:
@@ -38,6 +38,8 @@ class SparsePair(Module):
     config: TransformerConfig
     _placed: tuple[Kept, Tensor, Tensor] | None = None
     """A choice, and the rows and columns it comes to."""
+    _measures_alone: bool = False
+    """While set: a forward ends where the choice would be made."""
     selector: Selector | None = None
     """None: the module is dense, line for line Megatron's."""
 
@@ -52,6 +54,8 @@ class SparsePair(Module):
         """
         kept = None
         if self.selector is not None:
+            if self._measures_alone:
+                raise _SeenError(self.selector.measure(tokens, lambda: self._dense_activations(forward)))
             kept = self.selector.kept(tokens, lambda: self._dense_activations(forward))
         self._set(kept)
         return kept
@@ -93,11 +97,50 @@ class SparsePair(Module):
         """The step that the next forward's weights are packed for; None: they are not."""
         return None if self.selector is None or self.selector.keeps_all else self.selector.packing
 
+    @property
+    def units_to_keep(self) -> int:
+        """In the step under way; 0 where everything stays."""
+        return 0 if self.selector is None else self.selector.units_to_keep
+
+    # -- the choice, made outside a forward of the module
+
+    @property
+    def placed(self) -> tuple[Kept, Tensor, Tensor] | None:
+        """The last choice, and the rows and columns it came to."""
+        return self._placed
+
+    def can_choose_by_replay(self) -> bool:
+        """Whether a choice like the last one, of as many units and packed, is asked for."""
+        if self.packing is None or self._placed is None or self._placed[0].count != self.units_to_keep:
+            return False
+        return all(linear.replayable and linear.packed_buffer is not None for linear in self.linear_pair())
+
+    def measured(self, forward: Callable[[], object]) -> Tensor:
+        """The selector's sums over this rank's tokens, as ``forward`` brings them to this module and no further."""
+        self._measures_alone = True
+        try:
+            with torch.no_grad():
+                forward()
+        except _SeenError as seen:
+            return seen.seen
+        finally:
+            self._measures_alone = False
+        raise AssertionError("a forward of a sparse module's layer passes through its choice")
+
+    def place(self, kept: Kept, *, rows: Tensor, columns: Tensor, buffers: Sequence[Tensor]) -> None:
+        """The step's choice, and where its part of the two weights is packed."""
+        assert self.packing is not None
+        column, row = self.linear_pair()
+        self._placed = kept, rows, columns
+        column.take_pack(self.packing, index=rows, dim=0, buffer=buffers[0])
+        row.take_pack(self.packing, index=columns, dim=1, buffer=buffers[1])
+        self._set(kept)
+
     def _set(self, kept: Kept | None) -> None:
         column, row = self.linear_pair()
         column.packing = row.packing = None if self.selector is None else self.selector.packing
         if kept is None or self.selector is None:
-            self._placed = column.rows = row.columns = None
+            column.rows = row.columns = None
             return
         if self._placed is None or self._placed[0] is not kept:  # once a choice, not for every micro-batch
             neurons = self.selector.neurons
@@ -113,7 +156,7 @@ class SparsePair(Module):
             with torch.no_grad(), self._without_dropout():
                 forward()
         except _SeenError as seen:
-            return seen.activations
+            return seen.seen
         finally:
             row.observe = None
         raise AssertionError("a sparse module's forward runs its second linear layer")

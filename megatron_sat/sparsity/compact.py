@@ -26,17 +26,26 @@ class Pack:
     """The kept rows (dim 0) or columns (dim 1) of one weight for one step."""
 
     def __init__(
-        self, weight: Parameter, index: Tensor, *, dim: int, uses: int, buffer: Tensor | None = None
+        self,
+        weight: Parameter,
+        index: Tensor,
+        *,
+        dim: int,
+        uses: int,
+        buffer: Tensor | None = None,
+        packed: bool = False,
     ) -> None:
         """index: [k] int64, distinct. uses: how many forwards of the step get a backward (its micro-batches).
 
         buffer: the last step's, taken over if it fits, so that a rung's packed weights stay where they are.
+        packed: what is kept lies in ``buffer`` already.
         """
         assert hasattr(weight, "main_grad"), "a pack adds up in the weight's main_grad"
         self._weight, self._index, self._dim, self._left = weight, index, dim, uses
         shape = (index.numel(), weight.size(1)) if dim == 0 else (weight.size(0), index.numel())
         self.buffer = weight.detach().new_empty(shape) if buffer is None or buffer.shape != shape else buffer
-        torch.index_select(weight.detach(), dim, index, out=self.buffer)
+        if not packed:
+            torch.index_select(weight.detach(), dim, index, out=self.buffer)
 
     def use(self) -> Tensor:
         """The packed weight, [k, h] or [h, k], for one forward.

@@ -9,7 +9,6 @@ process group.
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from megatron_sat.sparsity.compact import Packing
 from megatron_sat.sparsity.importance import METRICS, Needs
 from megatron_sat.sparsity.neurons import Kept, Neurons
 from megatron_sat.sparsity.noise import Noise, Part, Take
+from megatron_sat.sparsity.place import Place, Weights
 from megatron_sat.sparsity.selection import keep_count, select
 
 Key = tuple[int, int]
@@ -78,38 +78,6 @@ class SelectionConfig:
             raise ValueError(
                 f"--sat-temperature must be above 0, got {self.temperature}; the paper uses 0.05"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Which neurons a selector is in charge of: a layer's module, this rank's part of it, its quotas."""
-
-    kind: Literal["attention", "mlp"]
-    layer: int
-    """Global layer number, from 1: what the noise is drawn from."""
-    shard: int
-    """This rank's place among the equal shards (TP rank)."""
-    num_shards: int
-    """TP size."""
-    groups: int
-    """Selection groups inside this shard."""
-    multiple: int
-    """Kept units of a group are floored to a multiple of this."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """The two matrices a module's neurons lie in."""
-
-    column: Callable[[], Tensor]
-    """fc1 or qkv, [rows, h]: a neuron is some of its rows."""
-    row: Callable[[], Tensor]
-    """fc2 or proj, [h, columns]: a neuron is some of its columns."""
-    arrive: Callable[[], None] = lambda: None
-    """Waits for what other ranks still send of the two; called before they are scored, and then alone."""
-    whole: Callable[[Tensor], Tensor] = lambda weight: weight
-    """One of the two with all its values, where this rank may have been left a shard of them; called on the one that
-    is scored, and then alone."""
 
 
 class Selector:
@@ -181,7 +149,7 @@ class Selector:
         if weights_alone:
             sums = torch.ones(1)  # of no tokens: there is nothing to wait for
         if self._must_choose and sums is not None:
-            self._choose(sums)
+            self._choose(sums, pick=self.pick)
 
     def count_visits(self) -> None:
         """Note in ``visits`` what the step under way kept."""
@@ -209,15 +177,59 @@ class Selector:
         activations: gives [.., k], the input of the row-parallel weight in a dense forward of these tokens;
         called only by metrics that need it.
         """
-        if self._must_choose or self._measures:
-            sums = self._gather(tokens, activations)
-            if self._must_choose:
-                self._choose(sums)
-            if self._measures:
-                self._sums, self._measures = sums, False
+        if not self.settled:
+            self.settle(self.add(self.measure(tokens, activations)))
         return self.choice
 
+    # -- what `kept` does, part by part, for those who record it
+
+    def measure(self, tokens: Tensor, activations: Callable[[], Tensor]) -> Tensor:
+        """[sums_width] fp32: what the metric sums over this rank's tokens."""
+        return self._metric.sums(activations() if self._metric.needs == "activations" else tokens)
+
+    def add(self, sums: Tensor) -> Tensor:
+        """The sums of all ranks that hold other tokens of this step; maybe in place."""
+        return self._add_ranks(sums, self._metric.needs)
+
+    def settle(self, sums: Tensor, *, pick: Callable[[Tensor, Tensor | None], Tensor] | None = None) -> None:
+        """Choose, and leave the sums for the next step: whatever this step asks for. pick: another `pick`."""
+        if self._must_choose:
+            self._choose(sums, pick=pick or self.pick)
+        if self._measures:
+            self._sums, self._measures = sums, False
+
+    @torch.no_grad()
+    def pick(self, sums: Tensor, noise: Tensor | None) -> Tensor:
+        """[units_to_keep] int64, ascending: the units that stay. noise: [units] where it `samples`."""
+        weight = self._scored()
+        shape_alone = weight.new_empty(()).expand(self._scored_shape)
+        scores = self._metric.score(self._weights.whole(weight) if self._metric.reads_weight else shape_alone, sums)
+        by_columns = self._metric.needs == "activations"
+        scores = self.neurons.scores_of_columns(scores) if by_columns else self.neurons.scores_of_rows(scores)
+        return select(
+            scores,
+            groups=self.place.groups,
+            keep=self.units_to_keep // self.place.groups,
+            noise=noise,
+            temperature=self.config.temperature,
+        )
+
     # -- what is true in this step
+
+    @property
+    def units_to_keep(self) -> int:
+        """How many; 0 where everything stays."""
+        return 0 if self._wanted is None else self._wanted[1]
+
+    @property
+    def samples(self) -> bool:
+        """Whether noise takes part in the choice."""
+        return self.config.selection == "sampling"
+
+    @property
+    def sums_width(self) -> int:
+        """Of what `measure` gives: a sum for each column of the weight that is scored, and the number of tokens."""
+        return 1 if self._metric.needs == "nothing" else self._scored_shape[1] + 1
 
     @property
     def settled(self) -> bool:
@@ -266,7 +278,7 @@ class Selector:
         }
         if self._metric.needs == "nothing":
             return state
-        sums = torch.zeros(self._sums_width + 1) if self._sums is None else self._sums.to("cpu", copy=True)
+        sums = torch.zeros(self.sums_width) if self._sums is None else self._sums.to("cpu", copy=True)
         return state | {self._sums_name: sums[:-1], "tokens": sums[-1:]}
 
     @property
@@ -318,29 +330,9 @@ class Selector:
     def _sums_name(self) -> str:
         return f"{self.config.importance}_sums"
 
-    @property
-    def _sums_width(self) -> int:
-        return self._scored_shape[1]
-
-    def _gather(self, tokens: Tensor, activations: Callable[[], Tensor]) -> Tensor:
-        needs = self._metric.needs
-        return self._add_ranks(self._metric.sums(activations() if needs == "activations" else tokens), needs)
-
-    @torch.no_grad()
-    def _choose(self, sums: Tensor) -> None:
+    def _choose(self, sums: Tensor, *, pick: Callable[[Tensor, Tensor | None], Tensor]) -> None:
         assert self._wanted is not None
-        draw, count = self._wanted
         self._weights.arrive()
-        weight = self._scored()
-        shape_alone = weight.new_empty(()).expand(self._scored_shape)
-        scores = self._metric.score(self._weights.whole(weight) if self._metric.reads_weight else shape_alone, sums)
-        by_columns = self._metric.needs == "activations"
-        scores = self.neurons.scores_of_columns(scores) if by_columns else self.neurons.scores_of_rows(scores)
-        index = select(
-            scores,
-            groups=self.place.groups,
-            keep=count // self.place.groups,
-            noise=self._take_noise(draw, scores.device) if self.config.selection == "sampling" else None,
-            temperature=self.config.temperature,
-        )
-        self._choice, self._choice_key = Kept(index=index, units=self.neurons.units), self._wanted
+        noise = self._take_noise(self._wanted[0], self._scored().device) if self.samples else None
+        self._choice = Kept(index=pick(sums, noise), units=self.neurons.units)
+        self._choice_key = self._wanted

@@ -13,7 +13,8 @@ from torch.nn import Parameter
 from megatron_sat.sparsity.controller import Entry
 from megatron_sat.sparsity.importance import METRICS, Needs
 from megatron_sat.sparsity.neurons import Channels, Heads, Kept, Neurons
-from megatron_sat.sparsity.selector import Place, SelectionConfig, Selector, Weights
+from megatron_sat.sparsity.place import Place, Weights
+from megatron_sat.sparsity.selector import SelectionConfig, Selector
 
 WIDTH, CHANNELS, GROUPS, PER_GROUP, HEAD_DIM = 6, 16, 8, 2, 2
 HALF = Fraction(1, 2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_sat import build
-from megatron_sat.layers import graphed
+from megatron_sat.layers import graphed, recording
 from tests.helpers.program import SPARSE, Text, read_records, start, trained
 
 LADDER = f"{SPARSE} --sat-weights compact"  # .5 in steps 1 to 3, .25 in 4, dense from 5 on; four micro-batches
@@ -21,24 +21,41 @@ CASES = {
     "known before": f"{LADDER} --sat-importance uniform",
     "one choice for two steps, rescaled": f"{LADDER} --sat-rescale inverse-keep --sat-selection-interval 2",
     "single heads": f"{LADDER} --sat-gqa head",
+    "one micro-batch": "--micro-batch-size 8 --sat-schedule constant --sat-omission-rate 0.5 --sat-weights compact",
     "frozen": f"{LADDER} --sat-omitted-neurons frozen",
     "bf16, distributed optimizer": f"{LADDER} --bf16 --use-distributed-optimizer --overlap-grad-reduce",
 }
 
 
 class Counting:
-    """Recordings that are counted, and their replays."""
+    """A recorder that counts what it records, and the replays."""
 
     def __init__(self) -> None:
         self.recorded, self.forwards, self.backwards = 0, 0, 0
+        self.launches, self.launched = 0, 0
+        self._true = recording.RerunRecorder()
 
-    def __call__(self, *args: Any) -> graphed.Recording:
+    def record(self, *args: Any) -> recording.Recording:
         self.recorded += 1
-        return _Counted(graphed.RERUN(*args), self)
+        return _Counted(self._true.record(*args), self)
+
+    def record_launch(self, launch: recording.Launch) -> recording.Launch:
+        self.launches += 1
+        true = self._true.record_launch(launch)
+
+        def counted() -> None:
+            self.launched += 1
+            true()
+
+        return counted
+
+    def __str__(self) -> str:
+        replayed = f"{self.recorded} recorded, {self.forwards}/{self.backwards} replayed"
+        return f"{replayed}; {self.launches} parts of choices recorded, {self.launched} replayed"
 
 
 class _Counted:
-    def __init__(self, true: graphed.Recording, count: Counting) -> None:
+    def __init__(self, true: recording.Recording, count: Counting) -> None:
         self._true, self._count = true, count
 
     def __getattr__(self, name: str) -> Any:
@@ -74,37 +91,62 @@ def test_two_replicas_replay_too(text: Text, tmp_path: Path) -> None:
 @pytest.fixture
 def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
     count = Counting()
-    monkeypatch.setattr(build, "RERUN", count)
+    monkeypatch.setattr(build, "RerunRecorder", lambda: count)
     return count
 
 
 def count_of(argv: list[str], count: Counting) -> str:
     """Trains and says what was replayed; forked ranks count for themselves."""
-
-    def say() -> None:
-        print(f"recorded {count.recorded}, replayed {count.forwards}/{count.backwards}")
-
     monkey = pytest.MonkeyPatch()
-    monkey.setattr("megatron_sat.pretrain.distributed.leave", lambda **_: say())
+    monkey.setattr("megatron_sat.pretrain.distributed.leave", lambda **_: print(count))
     try:
         return start(argv).out.splitlines()[-1]
     finally:
         monkey.undo()
 
 
-def test_what_is_replayed(text: Text, counting: Counting) -> None:
-    """Four layers, four micro-batches, seven steps; the first micro-batch of a sparse step chooses, eagerly."""
-    whole = count_of(text.command("--layer-graphs"), counting)
-    assert whole == f"recorded 4, replayed {4 * 27}/{4 * 27}"  # all but the very first
-    ladder = count_of(text.command(f"{LADDER} --layer-graphs"), counting)
-    replays = 4 * (3 * 4 + 2 * 4 + 3)  # three a sparse step, four a dense one, but for the first
-    assert ladder == f"recorded {3 * 4}, replayed {replays}/{replays}"
-    random = f"{LADDER} --sat-importance uniform --layer-graphs"
-    replays += 4 * 2  # which looks at no token: steps 2 and 3 know their choice before; step 4 has new shapes
-    lagged = count_of(text.command(random), counting)
-    assert lagged == f"recorded {3 * 4}, replayed {replays}/{replays}"
-    gathered = count_of(text.command(f"{SPARSE} --sat-weights gather --layer-graphs"), counting)
-    assert gathered == f"recorded 4, replayed {4 * 11}/{4 * 11}"  # sparse steps stay eager
+def said(recorded: int, replayed: int, *, choices: int = 0, parts: int = 0) -> str:
+    """What `Counting` says. Runs have seven steps of four micro-batches, and four layers: eight halves."""
+    replays = f"{recorded} recorded, {replayed}/{replayed} replayed"
+    return f"{replays}; {choices} parts of choices recorded, {parts} replayed"
+
+
+def test_a_dense_run_replays_all_but_its_first_forward(text: Text, counting: Counting) -> None:
+    assert count_of(text.command("--layer-graphs"), counting) == said(8, 8 * 27)
+
+
+RUNGS = 2 * 4 + 3 * 4
+"""Recordings: .5, .25 and dense, but attention keeps as many query groups at .25 as at .5."""
+REPLAYS = 8 * (3 + 4 + 4) + (4 * 4 + 4 * 3) + 8 * 11
+"""In steps 1 to 3, 4, and the dense 5 to 7: all but the first forward of each recording."""
+
+
+def test_choices_are_replayed_too(text: Text, counting: Counting) -> None:
+    """Each in two parts: in steps 2 and 3 of all halves, in step 4 of attention."""
+    found = count_of(text.command(f"{LADDER} --layer-graphs"), counting)
+    assert found == said(RUNGS, REPLAYS, choices=2 * 8, parts=2 * (8 + 8 + 4))
+
+
+def test_what_is_known_before_need_not_be_chosen_by_replay(text: Text, counting: Counting) -> None:
+    found = count_of(text.command(f"{LADDER} --sat-importance uniform --layer-graphs"), counting)
+    assert found == said(RUNGS, REPLAYS)
+
+
+def test_lagged_sums_are_measured_by_replay(text: Text, counting: Counting) -> None:
+    """Eagerly in step 1, then in steps 2 and 3 for the next; after step 4 nothing is chosen any more."""
+    found = count_of(text.command(f"{LADDER} --sat-statistics lagged --layer-graphs"), counting)
+    assert found == said(RUNGS, REPLAYS, choices=2 * 8, parts=8 + 8)
+
+
+def test_a_single_micro_batch_is_replayed_from_the_second_step_on(text: Text, counting: Counting) -> None:
+    """Which chooses in every step."""
+    one = "--micro-batch-size 8 --sat-schedule constant --sat-omission-rate 0.5 --sat-weights compact --layer-graphs"
+    found = count_of(text.command(one, without="--micro-batch-size"), counting)
+    assert found == said(8, 8 * 6, choices=2 * 8, parts=2 * 8 * 6)
+
+
+def test_steps_that_gather_stay_eager(text: Text, counting: Counting) -> None:
+    assert count_of(text.command(f"{SPARSE} --sat-weights gather --layer-graphs"), counting) == said(8, 8 * 11)
 
 
 @pytest.mark.parametrize(
@@ -123,31 +165,31 @@ def test_where_a_layer_cannot_be_replayed_it_is_said(flags: str, ranks: int, tex
     assert "--layer-graphs has no effect with model parallelism, recomputation, dropout, biases" in ended.err
 
 
-def test_an_evaluation_in_between_records_nothing_anew(text: Text, counting: Counting) -> None:
-    whole = count_of(text.command("--layer-graphs --eval-interval 2"), counting)
-    assert whole == f"recorded 4, replayed {4 * 27}/{4 * 27}"
+@pytest.mark.parametrize("flags", ["", LADDER])
+def test_an_evaluation_in_between_records_nothing_anew(flags: str, text: Text, counting: Counting) -> None:
+    straight = count_of(text.command(f"{flags} --layer-graphs"), counting)
+    assert count_of(text.command(f"{flags} --layer-graphs --eval-interval 2"), counting) == straight
 
 
 def test_a_pool_whose_recordings_are_gone_is_not_used_again() -> None:
     """The allocator ends a pool with its last graph, and refuses its handle from then on."""
     handles = iter("abc")
-    pool = graphed.SharedPool(lambda: next(handles))
+    pool = recording.SharedPool(lambda: next(handles))
     first, second = Counting(), Counting()
-    for recording in (first, second):
+    for count in (first, second):
         assert pool.handle() == "a"
-        pool.joined_by(recording)
-    del first, recording
+        pool.joined_by(count)
+    del first, count
     assert pool.handle() == "a"
     del second
     assert pool.handle() == "b"
 
 
-def test_a_frozen_layer_stays_eager(text: Text) -> None:
-    layer = graphed.GraphedLayer.__new__(graphed.GraphedLayer)
-    torch.nn.Module.__init__(layer)
-    layer.record = graphed.RERUN
-    layer.frozen = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
-    assert layer._key(torch.zeros(1, 1, 1, requires_grad=True)) is None
+def test_a_frozen_half_stays_eager() -> None:
+    linear = torch.nn.Linear(2, 2).requires_grad_(requires_grad=False)
+    half = graphed.Half([linear], pair=Any, forward=linear, recorder=Counting())  # type: ignore[arg-type]
+    hidden = torch.ones(1, 1, 2, requires_grad=True)
+    assert half(hidden, {}).equal(linear(hidden))
 
 
 @pytest.mark.gpu
