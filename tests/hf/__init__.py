@@ -1,0 +1,1 @@
+"""SAT inside transformers, against transformers."""
