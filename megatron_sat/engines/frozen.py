@@ -23,6 +23,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
 from megatron_sat.engines.base import Held
+from megatron_sat.engines.pieces import Piece, pieces
 from megatron_sat.engines.stretch import Find, Stretch, stretches_of_megatron
 
 
@@ -70,36 +71,6 @@ def _refuse_unknown(wrapper: MegatronOptimizer) -> None:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A rectangle of a parameter [rows, columns] that lies contiguously in a flat range of it."""
-
-    start: int
-    """First element, counted from the start of the range."""
-    rows: tuple[int, int]
-    """First row and the one after the last."""
-    columns: tuple[int, int]
-    """First column and the one after the last."""
-
-
-def pieces(start: int, end: int, *, columns: int) -> list[Piece]:
-    """Cut the flat range [start, end) of a row-major [., columns] parameter into at most three rectangles:
-    the rest of a row, whole rows, the beginning of a row."""
-    cut: list[Piece] = []
-    at = start
-    while at < end:
-        row, column = divmod(at, columns)
-        if column == 0 and end - at >= columns:
-            last = end // columns
-            cut.append(Piece(at - start, (row, last), (0, columns)))
-            at = last * columns
-        else:
-            stop = min(end, (row + 1) * columns)
-            cut.append(Piece(at - start, (row, row + 1), (column, column + stop - at)))
-            at = stop
-    return cut
-
-
-@dataclass(frozen=True)
 class _Kept:
     """Copies of the held entries of one rectangle: of the weights, and of each state tensor there is."""
 
@@ -143,9 +114,9 @@ class _Holder:
             piece=piece,
             dim=dim,
             index=index,
-            weights=_view(stretch.of(stretch.main), piece=piece).index_select(dim, index),
+            weights=piece.of(stretch.of(stretch.main)).index_select(dim, index),
             state={
-                name: _view(stretch.of(tensor), piece=piece).index_select(dim, index)
+                name: piece.of(stretch.of(tensor)).index_select(dim, index)
                 for name, tensor in self._state_of(stretch.main).items()
             },
         )
@@ -154,9 +125,9 @@ class _Holder:
     def write_back(self) -> None:
         for kept in self._kept:
             stretch = kept.stretch
-            _view(stretch.of(stretch.main), piece=kept.piece).index_copy_(kept.dim, kept.index, kept.weights)
+            kept.piece.of(stretch.of(stretch.main)).index_copy_(kept.dim, kept.index, kept.weights)
             for name, tensor in self._state_of(stretch.main).items():
-                target = _view(stretch.of(tensor), piece=kept.piece)
+                target = kept.piece.of(stretch.of(tensor))
                 if name in kept.state:
                     target.index_copy_(kept.dim, kept.index, kept.state[name])
                 else:  # the step that makes the state: what took no part in it has no history
@@ -171,10 +142,3 @@ class _Holder:
         return {
             name: v for name, v in state[main].items() if isinstance(v, Tensor) and v.shape == main.shape and v.dim()
         }
-
-
-def _view(flat: Tensor, *, piece: Piece) -> Tensor:
-    """The piece of a flat range, as [rows, columns]."""
-    rows = piece.rows[1] - piece.rows[0]
-    columns = piece.columns[1] - piece.columns[0]
-    return flat[piece.start : piece.start + rows * columns].view(rows, columns)

@@ -8,8 +8,9 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
 from megatron_sat.engines.base import Held
-from megatron_sat.engines.frozen import Piece, hold_entries, pieces
+from megatron_sat.engines.frozen import hold_entries
 from megatron_sat.engines.megatron import MegatronEngine
+from megatron_sat.engines.pieces import Piece, pieces
 from tests.helpers.engine_state import named, snapshot
 from tests.helpers.plain_engine import make_engine, train
 from tests.helpers.ranks import run_ranks
