@@ -101,6 +101,9 @@ def build_run(config: Config) -> Run:
     controller = Controller(sparse_modules(chunks), schedule=schedule, interval=config.selection.selection_interval)
     if config.omitted_neurons == "frozen":
         engine.hold(controller.omitted_entries)
+    if config.sparse_reduce:
+        assert isinstance(engine, MegatronEngine), "the flags refuse it on another engine"
+        engine.reduce_only(controller.filled_entries)
     shape = shape_of(transformer, padded_vocab_size=embedding.padded_vocab_size, seq_length=config.model.seq_length)
     epochs = epochs_per_domain(datasets.survey.train, samples=samples, seq_length=config.model.seq_length)
     return Run(

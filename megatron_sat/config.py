@@ -110,6 +110,8 @@ class Config:
     """Layers are recorded once a rung and replayed."""
     omitted_neurons: str
     """optimizer: momentum and decay go on moving them; frozen: nothing does (eq. 2)."""
+    sparse_reduce: bool
+    """Replicas send each other the gradients of kept rows and columns alone."""
     settings: dict[str, Any]
     """What all of this came from, by key, in plain form: what is printed and saved with the run."""
     remarks: tuple[str, ...] = field(default=(), compare=False)
@@ -147,6 +149,7 @@ def compose(given: Settings, *, machine: Machine, world_size: int) -> Config:
         weights=settings["sat_weights"],
         layer_graphs=settings["layer_graphs"],
         omitted_neurons=settings["sat_omitted_neurons"],
+        sparse_reduce=settings["sat_sparse_reduce"],
         settings={key: value for key, value in settings.items() if value is not None and key not in idle},
         remarks=tuple(remarks(settings, given=given)),
     )

@@ -2,13 +2,14 @@
 
 Three things differ from Megatron-LM's pretrain_gpt.py, each marked with SAT below: the layer specification, the
 selectors, and a wrapper around `train_step` that takes the sparse modules through the step. All of Megatron-LM's flags
-work, and the `--sat-*` flags of pretrain_sat.py with the same meaning and the same checks of their values:
+work, and the method's `--sat-*` flags of pretrain_sat.py with the same meaning and the same checks of their values:
 
     torchrun --nproc-per-node 8 pretrain_gpt_sat.py <your arguments> --transformer-impl local \
         --sat-schedule ladder --sat-omission-rate 0.5 --sat-schedule-start 2000 --sat-rungs 5
 
 Left out here, and there in pretrain_sat.py: the choice and its statistics in checkpoints (they matter for a resume
-with --sat-selection-interval above 1 or --sat-statistics lagged, which this script refuses), the plan, FLOPs.
+with --sat-selection-interval above 1 or --sat-statistics lagged, which this script refuses), --sat-sparse-reduce, the
+plan, FLOPs.
 """
 
 import argparse

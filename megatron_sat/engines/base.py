@@ -26,6 +26,11 @@ Held = tuple[torch.nn.Parameter, int, Tensor]
 """(parameter, dim, index): entries of this rank's parameter that one update must leave alone. index: int64
 rows (dim 0) or columns (dim 1), or a bool mask over that dim."""
 
+Filled = tuple[torch.nn.Parameter, int, Tensor]
+"""(parameter, dim, index): the only entries of this rank's parameter whose gradient may be other than zero in the step
+under way, the same on all its data- and context-parallel ranks. index: int64 rows (dim 0) or columns (dim 1),
+ascending, without repetition."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:

@@ -30,6 +30,7 @@ from megatron_sat.distributed import Layout
 from megatron_sat.engines.base import (
     Batch,
     Evaluation,
+    Filled,
     Forward,
     Held,
     StepResult,
@@ -40,6 +41,7 @@ from megatron_sat.engines.base import (
 from megatron_sat.engines.ddp import wrap_chunks
 from megatron_sat.engines.frozen import hold_entries
 from megatron_sat.engines.optim import LearningRateConfig, build_optimizer, build_scheduler, coming_rate
+from megatron_sat.engines.sparse_reduce import SparseReduction
 from megatron_sat.engines.state import CONTENT_METADATA, complaint, describe_state, take_back
 from megatron_sat.engines.veto import Verdict, Veto
 
@@ -83,6 +85,7 @@ class MegatronEngine:
         self._scheduler = build_scheduler(self._optimizer, config=learning_rate)
         self._connect(ddp_config, align_grad_reduce=align_grad_reduce)
         self._veto: Veto | None = None
+        self._sparse_reduction: SparseReduction | None = None
         self._sums: list[Tensor] = []
 
     def _connect(self, ddp_config: DistributedDataParallelConfig, *, align_grad_reduce: bool) -> None:
@@ -141,6 +144,9 @@ class MegatronEngine:
             chunk.train()
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
+        if self._sparse_reduction is not None:
+            self._sparse_reduction.begin_step()
+            forward = self._sparse_reduction.watching(forward)
         loss, num_tokens = self._run(micro_batches, num_micro_batches=num_micro_batches, forward=forward, train=True)
         if self._veto is not None:
             self._veto.loss = loss
@@ -226,6 +232,13 @@ class MegatronEngine:
     def hold(self, entries: Callable[[], Iterable[Held]]) -> None:
         """Leave these entries alone in every coming update; see `Engine.hold`."""
         hold_entries(self._optimizer, entries=entries)
+
+    def reduce_only(self, entries: Callable[[], Iterable[Filled]]) -> None:
+        """From now on leave zeros that all replicas share out of the reduction; see `SparseReduction`.
+
+        entries: asked in each step. Raises ValueError where DDP's settings do not allow it.
+        """
+        self._sparse_reduction = SparseReduction(self._wrapped, entries=entries)
 
     @property
     def content_metadata(self) -> dict[str, Any]:

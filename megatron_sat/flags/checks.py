@@ -12,6 +12,7 @@ from megatron_sat.flags.deepspeed import check_engine
 from megatron_sat.flags.defaults import Machine, data_parallel_size
 from megatron_sat.flags.effects import grouped_queries
 from megatron_sat.flags.flag import Settings, dashed
+from megatron_sat.flags.replicas import check_replicas
 
 _REQUIRED = (
     "num_layers",
@@ -302,30 +303,12 @@ def _check_choice(s: Settings, *, world_size: int) -> None:
             "--sat-weights compact needs --gradient-accumulation-fusion, got it off: packed gradients add up in the "
             "product; leave one of them out"
         )
-    if s["sat_dp_selection"] == "local":
-        _check_local(s, world_size=world_size)
+    check_replicas(s, world_size=world_size)
     steps = s["train_iters"] or s["train_samples"] // s["global_batch_size"]
     if s["sat_selection_interval"] > steps:
         raise ValueError(
             f"--sat-selection-interval ({s['sat_selection_interval']}) must be at most --train-iters "
             f"({steps}); {steps} keeps one choice throughout"
-        )
-
-
-def _check_local(s: Settings, *, world_size: int) -> None:
-    """Replicas that choose for themselves: what would let their weights drift apart, or be lost on a resume."""
-    if data_parallel_size(s, world_size=world_size) == 1:
-        raise ValueError("--sat-dp-selection local has no effect with one replica; leave it out")
-    if s["sat_omitted_neurons"] == "frozen":
-        raise ValueError(
-            "--sat-omitted-neurons frozen needs --sat-dp-selection shared, got local: each replica would hold "
-            "other weights still, and the replicas would drift apart; leave one of them out"
-        )
-    if s["sat_selection_interval"] > 1 or s["sat_statistics"] == "lagged":
-        raise ValueError(
-            f"--sat-dp-selection local needs --sat-selection-interval 1 and --sat-statistics fresh, got "
-            f"{s['sat_selection_interval']} and {s['sat_statistics']}: a checkpoint carries one replica's choice; "
-            "use --sat-dp-selection shared"
         )
 
 

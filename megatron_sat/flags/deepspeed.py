@@ -40,6 +40,7 @@ _MEGATRONS: Mapping[str, str] = {
     "optimizer_cpu_offload": "set zero_optimization.offload_optimizer in --deepspeed-config",
     "gradient_accumulation_fusion": "DeepSpeed's gradients have no main_grad to add to; leave it out",
     "defer_embedding_wgrad_compute": "DeepSpeed's gradients have no main_grad to add to; leave it out",
+    "sat_sparse_reduce": "ZeRO reduces whole gradients; leave it out",
     "layer_graphs": "recorded layers add to a main_grad, which DeepSpeed has not; leave it out",
 }
 """Settings that megatron.core's DDP and optimizers alone obey: key to the way out."""

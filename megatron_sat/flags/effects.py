@@ -57,6 +57,11 @@ METHOD: tuple[Rule, ...] = (
         beside="with --sat-schedule none, which is dense",
     ),
     Rule(
+        keys="sat_sparse_reduce",
+        idle=lambda s: s["sat_schedule"] == "none",
+        beside="with --sat-schedule none, which leaves no neuron out",
+    ),
+    Rule(
         keys="sat_temperature sat_seed",
         idle=lambda s: s["sat_selection"] != "sampling",
         beside="with --sat-selection top-k, which draws nothing",

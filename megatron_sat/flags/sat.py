@@ -102,6 +102,11 @@ TRAINING: tuple[Flag, ...] = (
 
 PARALLEL: tuple[Flag, ...] = (
     switch(
+        "sat_sparse_reduce",
+        default=False,
+        help="replicas send each other the gradients of kept rows and columns alone",
+    ),
+    switch(
         "preflight",
         help="compare all ranks and try the network before anything is built; on with more than one host",
     ),

@@ -117,6 +117,20 @@ class Controller:
             if selector.choice is not None:
                 yield from module.entries(selector.choice.omitted())
 
+    def filled_entries(self) -> Iterator[Entry]:
+        """The only entries of sparse weights and biases that get a gradient in the step under way, ascending.
+
+        Not the rest of `omitted_entries` where units share rows (keys and values of heads that leave singly): those
+        are filled though they belong to no unit alone.
+        """
+        for module, selector in self._modules:
+            choice = selector.choice
+            if choice is None:
+                continue
+            rows = selector.neurons.kept_rows(choice.index)
+            for parameter, dim, index in module.entries(choice.index):
+                yield parameter, dim, rows if dim == 0 else index
+
     def visits(self) -> dict[str, Tensor]:
         """By "kind.layer", in how many steps each unit of this shard was kept. int32 [units]."""
         return {f"{s.place.kind}.{s.place.layer}": s.visits for s in self.selectors}

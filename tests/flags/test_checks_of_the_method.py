@@ -42,6 +42,10 @@ from tests.helpers.command_line import LADDER, refusal, run
         ),
         ("--sat-dp-selection local", "--sat-dp-selection local has no effect with one replica; leave it out"),
         (
+            "--sat-sparse-reduce",
+            "--sat-sparse-reduce has no effect with one replica and --context-parallel-size 1, where no gradient is",
+        ),
+        (
             "--sat-weights compact --no-gradient-accumulation-fusion",
             "--sat-weights compact needs --gradient-accumulation-fusion, got it off",
         ),
@@ -75,10 +79,17 @@ def test_a_schedule_without_its_numbers_is_refused(capsys, more, missing):
         ("--sat-omitted-neurons frozen", "--sat-omitted-neurons frozen needs --sat-dp-selection shared, got local"),
         ("--sat-selection-interval 2", "--sat-dp-selection local needs --sat-selection-interval 1"),
         ("--sat-statistics lagged", "--sat-dp-selection local needs --sat-selection-interval 1"),
+        ("--sat-sparse-reduce", "--sat-sparse-reduce needs --sat-dp-selection shared, got local: replicas would send"),
     ],
 )
 def test_replicas_that_choose_for_themselves_must_neither_drift_apart_nor_forget(capsys, more, said):
     assert refusal(capsys, f"{LADDER} --sat-dp-selection local {more}", ranks=2).startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [("", 2), ("--context-parallel-size 2", 2)])
+def test_gradients_are_reduced_between_replicas_and_between_parts_of_a_sequence(layout, ranks):
+    assert run(f"{LADDER} --sat-sparse-reduce {layout}", ranks=ranks).sparse_reduce
+    assert not run(f"{LADDER} {layout}", ranks=ranks).sparse_reduce
 
 
 def test_selection_groups_that_tensor_parallelism_does_not_divide_are_refused(capsys):

@@ -16,6 +16,13 @@ def test_all_that_is_idle_in_a_dense_run_is_named_at_once(capsys):
     )
 
 
+def test_a_reduction_of_what_is_kept_is_refused_where_everything_is(capsys):
+    said = refusal(capsys, "--sat-sparse-reduce", ranks=2)
+    assert said == (
+        "error: --sat-sparse-reduce has no effect with --sat-schedule none, which leaves no neuron out; leave it out"
+    )
+
+
 def test_a_rate_without_a_schedule_is_refused_with_the_schedules(capsys):
     assert refusal(capsys, "--sat-omission-rate 0.5").startswith(
         "error: --sat-omission-rate has no effect with --sat-schedule none, got 1/2; drop it or choose one of"
