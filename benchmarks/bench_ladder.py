@@ -58,7 +58,8 @@ def main(argv: Sequence[str], *, train: Train = run_program) -> None:
             runs[name] = train(line(steps, ladder.flags(steps)), log=folder / f"{name}.jsonl")
             row = compare(ladder, steps=steps, dense=dense, sparse=runs[name], shape=shape, config=config)
             found.append({"ladder": name, **row})
-    report(found, runs, size=size, out=args.out)
+            keep(found, runs, size=size, out=args.out)  # what is measured stays, whatever happens to the next one
+    report(found, size=size)
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -92,8 +93,8 @@ def _ladder(written: str) -> tuple[str, int]:
     return name, int(steps)
 
 
-def report(found: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]], *, size: Size, out: Path | None) -> None:
-    """The table on the console, what it rests on, and the JSON file with its picture."""
+def report(found: list[dict[str, Any]], *, size: Size) -> None:
+    """The table on the console, and what it rests on."""
     columns = ("ladder", "steps", "dense, s", "sparse, s", "saved", "bound", "the paper's steps", "saved", "bound")
     cells = [
         (
@@ -113,6 +114,10 @@ def report(found: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]], *
     for row in found:
         for remark in row["remarks"]:
             log.say(f"{row['ladder']}: {remark}")
+
+
+def keep(found: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]], *, size: Size, out: Path | None) -> None:
+    """Everything in the JSON file, and a picture of it."""
     if out is not None:
         write_json(out, {"size": vars(size), "rows": found, "runs": runs})
         seconds = {name: [record["step_seconds"] for record in records] for name, records in runs.items()}

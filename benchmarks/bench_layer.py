@@ -16,7 +16,7 @@ import gc
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
@@ -48,6 +48,7 @@ from benchmarks.program import (
 )
 from benchmarks.rates import (
     Outside,
+    Sizes,
     choosing_rows,
     measure_attention,
     measure_bytes_per_second,
@@ -67,55 +68,79 @@ LADDER = tuple(Fraction(rate) for rate in ("1/10", "1/5", "1/4", "3/10", "2/5", 
 """Rates whose shapes go into the hardware's file: those of the paper's two schedules, and some between."""
 
 
+@dataclass(kw_only=True)
+class Measured:
+    """What the models have given so far."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    outside: list[Outside] = field(default_factory=list)
+    products: set[Sizes] = field(default_factory=set)
+    """Shapes that the hardware's file is to hold."""
+    attention: set[Sizes] = field(default_factory=set)
+
+
 def main(argv: Sequence[str]) -> None:
     """A model after the other, then the shapes of all."""
-    args = arguments(argv)
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    rows: list[dict[str, Any]] = []
-    outside: list[Outside] = []
-    products, attention = set(), set()
+    args, measured = arguments(argv), Measured()
     for model in args.models:
-        size = Size(
-            model=model,
-            layers=1,
-            seq_length=args.seq_length,
-            micro_batch_size=1,
-            micro_batches=args.micro_batches,
-            vocabulary=args.vocabulary,
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            data, cuda = random_text(Path(folder), size), torch.cuda.is_available()
-            with built(flags(size, data=data, cuda=cuda, steps=10**3, method=CONSTANT, more=args.flags)) as run:
-                mine = [row for tokens in args.tokens for row in measure(run, model=model, tokens=tokens, args=args)]
-                rows += mine
-                if args.hardware is not None:
-                    dense = next(row for row in mine if row["weights"] == "dense" and row["tokens"] == min(args.tokens))
-                    seconds = dense["layer_seconds"] * args.seq_length / dense["tokens"]
-                    outside.append(measure_outside(run, layer_seconds=seconds, dtype=dtype, repeats=args.steps))
-                    kept = [whole(run.shape), *(kept_at(run, rate) for rate in LADDER)]
-                    products |= set(wanted_products(run.shape, kept, tokens=args.tokens))
-                    attention |= set(wanted_attention(run.shape, kept, tokens=args.tokens))
-        del run
+        measure_model(model, measured, args=args)
+        keep(measured.rows, args=args)  # whatever happens to the next model
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     distributed.leave()
-    report(rows, args=args)
     if args.hardware is not None:
-        largest = max(outside, key=lambda each: each.tokens * each.hidden_size)  # the least bound by launches
-        hardware = Hardware(
-            name=device_name(),
-            products=tuple(measure_products(products, dtype=dtype)),
-            attention=tuple(measure_attention(attention, dtype=dtype)),
-            choosing=tuple(choosing_rows(rows)),
-            bytes_per_second=measure_bytes_per_second(dtype=dtype),
-            loss_seconds_per_logit=largest.per_logit,
-            update_seconds_per_parameter=largest.per_parameter,
-            launch_seconds=min(row["host_seconds"] for row in rows if row["weights"] == "compact"),
-            about=about(),
-        )
+        hardware = describe_hardware(measured)
         save(hardware, args.hardware)
         log.say(f"{len(hardware.products)} products, {len(hardware.attention)} attentions: {args.hardware}")
+
+
+def measure_model(model: str, measured: Measured, *, args: argparse.Namespace) -> None:
+    """Its layer at every micro-batch and rate; and, for the hardware's file, what is outside of it."""
+    size = Size(
+        model=model,
+        layers=1,
+        seq_length=args.seq_length,
+        micro_batch_size=1,
+        micro_batches=args.micro_batches,
+        vocabulary=args.vocabulary,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        data, cuda = random_text(Path(folder), size), torch.cuda.is_available()
+        with built(flags(size, data=data, cuda=cuda, steps=10**3, method=CONSTANT, more=args.flags)) as run:
+            rows = [row for tokens in args.tokens for row in measure(run, model=model, tokens=tokens, args=args)]
+            measured.rows += rows
+            report(rows)
+            if args.hardware is None:
+                return
+            dense = min((row for row in rows if row["weights"] == "dense"), key=lambda row: row["tokens"])
+            seconds = dense["layer_seconds"] * args.seq_length / dense["tokens"]
+            measured.outside.append(measure_outside(run, layer_seconds=seconds, dtype=dtype_here(), repeats=args.steps))
+            kept = [whole(run.shape), *(kept_at(run, rate) for rate in LADDER)]
+            measured.products |= set(wanted_products(run.shape, kept, tokens=args.tokens))
+            measured.attention |= set(wanted_attention(run.shape, kept, tokens=args.tokens))
+
+
+def describe_hardware(measured: Measured) -> Hardware:
+    """Measure the shapes that the models have, and put everything together."""
+    rows, dtype = measured.rows, dtype_here()
+    largest = max(measured.outside, key=lambda each: each.tokens * each.hidden_size)  # the least bound by launches
+    return Hardware(
+        name=device_name(),
+        products=tuple(measure_products(measured.products, dtype=dtype)),
+        attention=tuple(measure_attention(measured.attention, dtype=dtype)),
+        choosing=tuple(choosing_rows(rows)),
+        bytes_per_second=measure_bytes_per_second(dtype=dtype),
+        loss_seconds_per_logit=largest.per_logit,
+        update_seconds_per_parameter=largest.per_parameter,
+        launch_seconds=min(row["host_seconds"] for row in rows if row["weights"] == "compact"),
+        about=about(),
+    )
+
+
+def dtype_here() -> torch.dtype:
+    """In which the model computes: bf16 on a GPU."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -196,8 +221,8 @@ def measure(run: Run, *, model: str, tokens: int, args: argparse.Namespace) -> l
     return rows
 
 
-def report(rows: list[dict[str, Any]], *, args: argparse.Namespace) -> None:
-    """A table a model and micro-batch on the console; everything in the JSON file, and a picture of it."""
+def report(rows: list[dict[str, Any]]) -> None:
+    """A table a model and micro-batch on the console."""
     columns = ("rate", "weights", "layer, ms", "TFLOP/s", "speed", "bound", "once, ms", "launched")
     for (model, tokens), group in groupby(rows, key=lambda row: (row["model"], row["tokens"])):
         cells = [
@@ -214,6 +239,10 @@ def report(rows: list[dict[str, Any]], *, args: argparse.Namespace) -> None:
             for row in group
         ]
         log.table(f"one layer of {model}, {tokens} tokens, forward and backward", columns, cells)
+
+
+def keep(rows: list[dict[str, Any]], *, args: argparse.Namespace) -> None:
+    """Everything in the JSON file, and a picture of it."""
     if args.out is not None:
         write_json(args.out, {"sequence": args.seq_length, "rows": rows})
         draw_layers(rows, args.out.with_suffix(".png"), title=f"One layer on {device_name()}")
