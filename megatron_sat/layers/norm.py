@@ -4,6 +4,7 @@ mark on the weight is all that ``finalize_model_grads`` needs to add it over TP.
 checkpoint holds one ``weight`` and nothing else, so it moves between machines with and without the libraries.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,12 +20,62 @@ def _device(config: TransformerConfig) -> Any:
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """[..., hidden_size] -> the same shape; statistics in fp32 whatever the input is."""
+    """[..., hidden_size] -> the same shape; statistics in fp32 whatever the input is.
+
+    On a GPU training goes through `CompiledNorm`; evaluation, whose shapes have no end, through torch's kernel.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         """Further arguments (persist_layer_norm, name, ...) are meant for other implementations."""
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_device(config))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., hidden_size]. Returns the same shape."""
+        if not (x.is_cuda and torch.is_grad_enabled()):
+            return super().forward(x)
+        normed: Tensor = CompiledNorm.apply(x, self.weight, self.eps)
+        return normed
+
+
+class CompiledNorm(torch.autograd.Function):
+    """x / rms(x) * weight, over the last dimension, in fp32; one kernel forward, two backward.
+
+    x: [..., h]; weight: [h]. Keeps x and a number a row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        normed, scale = _fast(_norm, x)(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        return *_fast(_norm_gradients, x)(grads[0], x, weight, scale), None
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight.float()).to(x.dtype), scale
+
+
+def _norm_gradients(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    normed, grad = x.float() * scale, grad.float()
+    slope = grad * weight.float()
+    of_x = scale * (slope - normed * (slope * normed).mean(-1, keepdim=True))
+    return of_x.to(x.dtype), (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+
+
+def _fast(function: Any, x: Tensor) -> Any:
+    return _compiled(function) if x.is_cuda else function
+
+
+@cache
+def _compiled(function: Any) -> Any:
+    return torch.compile(function)
 
 
 class ApexRMSNorm(RMSNorm):

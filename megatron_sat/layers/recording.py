@@ -125,15 +125,16 @@ class _Rerun:
 
 
 def _gradients(recording: Any, leaves: Sequence[Tensor]) -> list[Tensor | None]:
-    return list(
-        torch.autograd.grad(
-            recording._recorded,
-            [recording.inputs, *leaves],
-            recording.output_gradient,
-            retain_graph=True,
-            allow_unused=True,
-        )
+    """Of the inputs and the leaves. Megatron's fused product returns an empty gradient of the weight's size: let go."""
+    of_inputs, *of_leaves = torch.autograd.grad(
+        recording._recorded,
+        [recording.inputs, *leaves],
+        recording.output_gradient,
+        retain_graph=True,
+        allow_unused=True,
     )
+    pairs = zip(leaves, of_leaves, strict=True)
+    return [of_inputs, *(None if getattr(leaf, "grad_added_to_main_grad", False) else found for leaf, found in pairs)]
 
 
 class SharedPool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from megatron_sat.layers.norm import ApexRMSNorm, RMSNorm, rms_norm
+from megatron_sat.layers.norm import ApexRMSNorm, CompiledNorm, RMSNorm, rms_norm
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import layout, tiny_config
 
@@ -99,6 +99,24 @@ def test_every_norm_equals_the_mean_square_written_out(monkeypatch: pytest.Monke
     output.square().sum().backward()
     assert name == {"torch": "RMSNorm", "apex": "ApexRMSNorm", "te": "TransformerEngineRMSNorm"}[player]
     assert_close(found, [output.detach(), x.grad, weight.grad])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", [(5, 3, WIDTH), (4, 2, 3, WIDTH)])
+def test_what_is_compiled_on_a_gpu_equals_torchs_norm(
+    shape: tuple[int, ...], dtype: torch.dtype, tolerance: float
+) -> None:
+    """Forward and backward; here it is not compiled."""
+    torch.manual_seed(3)
+    x, weight, grad = torch.randn(shape), 1 + 0.1 * torch.randn(WIDTH), torch.randn(shape)
+    found, expected = [], []
+    for norm, results in ((CompiledNorm.apply, found), (None, expected)):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        output = norm(*leaves, EPS) if norm else nn.functional.rms_norm(leaves[0], (WIDTH,), leaves[1], EPS)
+        results += [output, *torch.autograd.grad(output, leaves, grad.to(dtype))]
+    for mine, true in zip(found, expected, strict=True):
+        assert mine.dtype == dtype
+        assert_close(mine.double(), true.double(), rtol=tolerance, atol=tolerance * float(true.abs().max()))
 
 
 def test_statistics_of_bf16_are_taken_in_fp32() -> None:

@@ -1,0 +1,78 @@
+"""The whole program's step on a GPU: the host asks and does not wait."""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sat import cli
+from megatron_sat.build import Run, build_run
+from megatron_sat.data.batch import build_train_iterator
+from megatron_sat.distributed import Launch, join, leave
+from megatron_sat.engines import megatron
+from tests.helpers.program import LADDER, Text
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_process() -> Iterator[None]:
+    """CUDA is initialised with megatron's import, so no rank can be forked."""
+    join(Launch(rank=0, world_size=1, local_rank=0), backend="nccl", timeout_minutes=1)
+    yield
+    leave()
+
+
+def steps_of(run: Run, count: int) -> None:
+    """The first steps of training, each on its own micro-batches."""
+    training = run.config.training
+    assert run.datasets.train is not None
+    reader = build_train_iterator(
+        run.datasets.train,
+        micro_batch_size=training.micro_batch_size,
+        dp_rank=0,
+        dp_size=1,
+        consumed_samples=0,
+        num_workers=0,
+        device=run.device,
+    )
+    assert run.controller is not None
+    for step in range(1, count + 1):
+        batches = list(islice(reader, training.num_micro_batches))
+        with run.controller.step(step, micro_batches=training.num_micro_batches):
+            run.engine.train_step(iter(batches), num_micro_batches=training.num_micro_batches)
+
+
+@pytest.mark.parametrize("graphs", ["--layer-graphs", "--no-layer-graphs"])
+@pytest.mark.parametrize("importance", ["maxip", "contribution"])
+@pytest.mark.parametrize("statistics", ["fresh", "lagged"])
+def test_forward_and_backward_never_wait_for_the_gpu(
+    statistics: str, importance: str, graphs: str, text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the steps after the first, all micro-batches; the update behind them asks for the norm, once."""
+    flags = f"{LADDER} --bf16 --sat-channel-multiple 8 --sat-importance {importance} --sat-statistics {statistics}"
+    run = build_run(cli.parse(text.command(f"{flags} {graphs}"), world_size=1, cuda=True))
+    steps_of(run, 2)  # compiles, records
+    true, watched = megatron.get_forward_backward_func, []
+
+    def watching() -> Any:
+        schedule = true()
+
+        def strictly(**named: Any) -> Any:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return schedule(**named)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                watched.append(True)
+
+        return strictly
+
+    monkeypatch.setattr(megatron, "get_forward_backward_func", watching)
+    steps_of(run, 3)
+    assert len(watched) == 3
