@@ -3,9 +3,10 @@
 
     bench_step.py [--model llama-2-7b] [--layers 6] [--micro-batches 8] [--rates 0 1/2] [--twin] [--out FILE]
 
-One process, one device; the model, engine and layers are those that pretrain_sat.py builds. Text is random ids. Prints
-a table, writes JSON and a picture: seconds (median), tokens/s, executed TFLOP/s, speed over dense, the bound that
-operations set, peak memory. With --twin also the dense model in plain PyTorch (`twin`). Ratios are of one run.
+The model, engine and layers are those that pretrain_sat.py builds, on one device, or on the ranks of torchrun: replicas,
+or with --tensor-parallel N ranks of one model (--flags=--sequence-parallel goes with it). Text is random ids. Prints a
+table, writes JSON and a picture: seconds (median), tokens/s, executed TFLOP/s of a device, speed over dense, the bound
+that operations set, peak memory. With --twin also the dense model in plain PyTorch (`twin`). Ratios are of one run.
 """
 
 import argparse
@@ -57,28 +58,33 @@ SUMS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def main(argv: Sequence[str]) -> None:
     """Build once, then time each case on the same model; the twin first, and alone."""
-    args = arguments(argv)
+    args, world = arguments(argv), distributed.read_launch().world_size
     size = Size(
         model=args.model,
         layers=args.layers,
         seq_length=args.seq_length,
         micro_batch_size=args.micro_batch_size,
         micro_batches=args.micro_batches,
+        replicas=world // args.tensor_parallel,
     )
     with tempfile.TemporaryDirectory() as folder:
         data, cuda = random_text(Path(folder), size), torch.cuda.is_available()
-        line = flags(size, data=data, cuda=cuda, steps=10**3, method=CONSTANT, more=args.flags)
+        more = f"--tensor-model-parallel-size {args.tensor_parallel} {args.flags}"
+        line = flags(size, data=data, cuda=cuda, steps=10**3, method=CONSTANT, more=more)
         twins = [measure_twin(line, size, sums=sums, steps=args.steps) for sums in args.twin]
         with built(line) as run:
             cases = [(rate, weights) for rate in args.rates for weights in (args.weights if rate else args.weights[:1])]
             rows = [measure(run, rate=rate, weights=weights, steps=args.steps) for rate, weights in cases]
+    first = distributed.read_launch().rank == 0
     distributed.leave()
     rows += twins
     dense = next(row for row in rows if row["weights"] == "dense")
     for row in rows:
         row["speed"] = dense["seconds"] / row["seconds"]
         row["bound"] = dense["flops"] / row["flops"]
-    report(rows, size=size, out=args.out)
+        row["executed_tflops"] /= world
+    if first:
+        report(rows, size=size, out=args.out)
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -88,7 +94,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--micro-batch-size", type=int, default=1)
-    parser.add_argument("--micro-batches", type=int, default=8)
+    parser.add_argument("--micro-batches", type=int, default=8, help="of a replica")
+    parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--rates", type=Fraction, nargs="+", default=[Fraction(0), Fraction(1, 2)])
     parser.add_argument("--weights", nargs="+", choices=("compact", "gather"), default=["compact", "gather"])
     parser.add_argument("--steps", type=int, default=5, help="timed steps a case, after two that are not")
@@ -100,6 +107,11 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if 0 not in args.rates:
         parser.error("--rates must hold 0, the dense step that the others are compared with")
+    world = distributed.read_launch().world_size
+    if args.tensor_parallel < 1 or world % args.tensor_parallel:
+        parser.error(f"--tensor-parallel must divide the ranks ({world}), got {args.tensor_parallel}")
+    if args.twin is not None and world > 1:
+        parser.error(f"--twin is of one process, got {world} ranks; leave it out")
     args.twin = [] if args.twin is None else args.twin or ["fp32"]
     return args
 
@@ -114,8 +126,8 @@ def measure(run: Run, *, rate: Fraction, weights: str, steps: int) -> dict[str, 
     reader = build_train_iterator(
         run.datasets.train,
         micro_batch_size=training.micro_batch_size,
-        dp_rank=0,
-        dp_size=1,
+        dp_rank=run.layout.dp_rank,
+        dp_size=run.layout.dp_size,
         consumed_samples=0,
         num_workers=0,
         device=run.device,

@@ -45,10 +45,12 @@ class Size:
     micro_batch_size: int
     micro_batches: int
     vocabulary: int = VOCABULARY
+    replicas: int = 1
+    """Data-parallel ranks, each with so many micro-batches."""
 
     @property
     def global_batch_size(self) -> int:
-        return self.micro_batch_size * self.micro_batches
+        return self.micro_batch_size * self.micro_batches * self.replicas
 
     @property
     def tokens(self) -> int:
@@ -57,7 +59,8 @@ class Size:
 
     def __str__(self) -> str:
         batch = f"{self.micro_batches}x{self.micro_batch_size}x{self.seq_length} tokens"
-        return f"{self.model}, {self.layers} layers, {batch}"
+        replicas = f", {self.replicas} replicas" if self.replicas > 1 else ""
+        return f"{self.model}, {self.layers} layers, {batch}{replicas}"
 
 
 def random_text(folder: Path, size: Size) -> str:
@@ -92,18 +95,19 @@ CONSTANT = "--sat-schedule constant --sat-omission-rate 0.5"
 
 @contextmanager
 def built(argv: list[str]) -> Iterator[Run]:
-    """What pretrain_sat.py builds for ``argv``, on this one process; its model-parallel groups are gone afterwards."""
-    config = parsed(argv)
-    distributed.join(distributed.read_launch(), backend=config.parallel.backend, timeout_minutes=10)
+    """What pretrain_sat.py builds for ``argv``, on this rank; its model-parallel groups are gone afterwards."""
+    launch = distributed.read_launch()
+    config = parsed(argv, world_size=launch.world_size)
+    distributed.join(launch, backend=config.parallel.backend, timeout_minutes=10)
     try:
         yield build_run(config)
     finally:
         parallel_state.destroy_model_parallel()
 
 
-def parsed(argv: list[str]) -> Config:
-    """The configuration of one process. Leaves the program, with a line, for what cannot be obeyed."""
-    return cli.parse(argv, world_size=1, cuda=torch.cuda.is_available())
+def parsed(argv: list[str], *, world_size: int = 1) -> Config:
+    """The configuration of so many ranks. Leaves the program, with a line, for what cannot be obeyed."""
+    return cli.parse(argv, world_size=world_size, cuda=torch.cuda.is_available())
 
 
 def model_shape(config: Config, *, vocabulary: int) -> ModelShape:

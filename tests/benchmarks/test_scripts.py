@@ -52,6 +52,45 @@ def test_bench_step_times_dense_sparse_and_both_twins(tmp_path):
     assert "tiny, 1 layers, 2x1x32 tokens" in table
 
 
+@pytest.mark.parametrize(
+    ("flags", "title"),
+    [
+        ((), "tiny, 1 layers, 2x1x32 tokens, 2 replicas"),
+        (("--tensor-parallel", "2", "--flags=--sequence-parallel --layer-graphs"), "tiny, 1 layers, 2x1x32 tokens\n"),
+    ],
+)
+def test_bench_step_times_ranks_that_share_the_work(flags, title, tmp_path):
+    line = "--model tiny --layers 1 --seq-length 32 --micro-batches 2 --steps 1 --weights compact --out"
+    tables = [run_ranks(said, 2, bench_step.main, [*line.split(), tmp_path / "step.json", *flags], {})]
+    assert title in tables[0][0]
+    assert tables[0][1] == ""
+    rows = json.loads((tmp_path / "step.json").read_text())["rows"]
+    assert [row["weights"] for row in rows] == ["dense", "compact"]
+    tokens = 2 * 32 * (1 if flags else 2)
+    assert all(row["tokens_per_second"] == tokens / row["seconds"] for row in rows)
+    assert all(row["executed_tflops"] == pytest.approx(row["flops"] / row["seconds"] / 2e12) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said_then"),
+    [
+        (("--tensor-parallel", "2"), "--tensor-parallel must divide the ranks (1), got 2"),
+        (("--tensor-parallel", "0"), "--tensor-parallel must divide the ranks (1), got 0"),
+    ],
+)
+def test_bench_step_refuses_ranks_that_are_not_there(flags, said_then, capsys):
+    with pytest.raises(SystemExit):
+        bench_step.arguments(flags)
+    assert said_then in capsys.readouterr().err
+
+
+def test_bench_step_has_a_twin_for_one_process_alone(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        bench_step.arguments(["--twin"])
+    assert "--twin is of one process, got 2 ranks; leave it out" in capsys.readouterr().err
+
+
 def test_bench_step_without_a_dense_step_has_nothing_to_compare_with(capsys):
     with pytest.raises(SystemExit):
         bench_step.arguments(["--rates", "1/2"])
