@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_sat.data.encode import TextOptions
+from megatron_sat.data.encode import TextOptions, conditions
 from megatron_sat.data.prepare import prepare
 from megatron_sat.data.tokenizer import KINDS, build_tokenizer
 from megatron_sat.log import say
@@ -68,16 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _conditions(pairs: Sequence[str], *, flag: str) -> dict[str, list[str]]:
-    conditions: dict[str, list[str]] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not name or not equals:
-            raise ValueError(f"{flag} must be FIELD=VALUE, got {pair}; write for instance {flag} lang=zh")
-        conditions.setdefault(name, []).append(value)
-    return conditions
-
-
 def main(argv: Sequence[str]) -> None:
     """Prepare what the command line asks for, and say what came of it."""
     args = _parser().parse_args(argv)
@@ -98,8 +88,8 @@ def main(argv: Sequence[str]) -> None:
                 key=key,
                 append_eod=args.append_eod,
                 prepend_bos=args.prepend_bos,
-                keep=_conditions(args.keep, flag="--keep"),
-                drop=_conditions(args.drop, flag="--drop"),
+                keep=conditions(args.keep, flag="--keep"),
+                drop=conditions(args.drop, flag="--drop"),
                 skip_malformed=args.skip_malformed,
             ),
             workers=args.workers,

@@ -1,9 +1,9 @@
 """From data sets to the micro-batches of one rank.
 
 A micro-batch is a dict of [b, s] tensors: ``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask``
-(fp32). Which samples a rank sees is a function of the samples consumed so far, the micro-batch size and the
-rank alone: training goes on after a resume at the next sample, also when the number of data-parallel ranks
-has changed.
+(fp32); where windows hold several examples also their bounds (`bounds_of`). Which samples a rank sees is a function
+of the samples consumed so far, the micro-batch size and the rank alone: training goes on after a resume at the next
+sample, also when the number of data-parallel ranks has changed.
 """
 
 from collections.abc import Iterator, Sized
@@ -14,6 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 Batch = dict[str, Tensor]
+SEGMENTS = "segments"
+"""What a sample may hold besides: [s] i32, 1, 2, ... by the example that a position belongs to, 0 for padding."""
+BOUNDS = "attention_mask"
+"""What a micro-batch then holds besides: `bounds_of` its segments. Model and layers know it under that name."""
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 """What a micro-batch holds; anything else that a data set tells is left behind."""
 FILLER = -1
@@ -119,6 +123,22 @@ class EvaluationBatches:
         return _load(self._dataset, sampler=self._sampler, num_workers=self._num_workers, device=self._device)
 
 
+def bounds_of(segments: Tensor) -> Tensor:
+    """Where the sequences of a micro-batch lie, its windows laid end to end: i32 [2, n + 1].
+
+    segments: [b, s], numbers of examples, 0 for padding; a stretch of one number in one window is a sequence. Row 0:
+    where each of the n sequences begins, and at last b s. Row 1: 1 where it is an example, 0 where it is padding (and
+    at last). Flash kernels take row 0 as it is, whatever n is, so that nothing waits for the device to count.
+    """
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    flat = segments.reshape(-1)
+    starts = begins.reshape(-1).nonzero().squeeze(1)
+    end, nothing = torch.tensor([flat.numel()]), torch.zeros(1, dtype=torch.int32)
+    real = (flat[starts] > 0).int()
+    return torch.stack([torch.cat([starts, end]).int(), torch.cat([real, nothing])])
+
+
 class _Filled(Dataset[Batch]):
     """The first samples of a data set, and behind them fillers without end."""
 
@@ -136,12 +156,16 @@ def cut_for_context_parallel(batch: Batch, *, cp_rank: int, cp_size: int) -> Bat
     """This context-parallel rank's part of a micro-batch: chunks r and 2·cp − 1 − r of 2·cp, so that causal
     attention costs every rank the same.
 
-    batch: [b, s] tensors. Returns [b, s/cp] tensors. Raises ValueError when 2·cp does not divide s.
+    batch: [b, s] tensors. Returns [b, s/cp] tensors; bounds stay those of the whole. Raises ValueError when 2·cp does
+    not divide s.
     """
     if cp_size == 1:
         return batch
     cut = {}
     for name, whole in batch.items():
+        if name == BOUNDS:
+            cut[name] = whole
+            continue
         length = whole.shape[1]
         if length % (2 * cp_size):
             raise ValueError(
@@ -171,4 +195,7 @@ def _load(
 
 
 def _collate(samples: list[Batch]) -> Batch:
-    return {name: torch.stack([sample[name] for sample in samples]) for name in FIELDS}
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in FIELDS}
+    if SEGMENTS in samples[0]:
+        batch[BOUNDS] = bounds_of(torch.stack([sample[SEGMENTS] for sample in samples]))
+    return batch

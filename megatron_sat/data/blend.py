@@ -9,7 +9,7 @@ and writes the caches; the others wait for it and learn what went wrong.
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from megatron_sat.data.domains import Domain, parse_domains, require_distinct
 from megatron_sat.data.index_cache import building, use_prebuilt_index_helpers
 from megatron_sat.data.index_file import Index
-from megatron_sat.data.survey import Holding, Survey, inspect, mix_in, take_stock
+from megatron_sat.data.survey import Holding, Survey, epochs_per_domain, inspect, mix_in, take_stock
 from megatron_sat.data.tokenizer import Tokenizer
 
 LEGACY_SPLIT = "969,30,1"
@@ -147,14 +147,16 @@ class Datasets:
 
     train: Dataset | None
     """At least as many samples as asked for; None where none were."""
-    valid: dict[str, GPTDataset]
+    valid: Mapping[str, Dataset]
     """By domain, one epoch in a fixed order."""
-    test: dict[str, GPTDataset]
+    test: Mapping[str, Dataset]
     """By domain, one epoch in a fixed order."""
     survey: Survey
     order: str
     """sha256 of all that decides which training sample comes when; files count by size and not by path.
     A run that resumes under another order sees other text: longer training reshuffles."""
+    epochs: Mapping[str, float]
+    """By domain, how often training sees its text."""
 
 
 def survey_data(config: DataConfig, *, tokenizer: Tokenizer) -> Survey:
@@ -167,12 +169,11 @@ def survey_data(config: DataConfig, *, tokenizer: Tokenizer) -> Survey:
     if config.data_path:
         train = _inspect_all(config.data_path, flag="--data-path", tokenizer=tokenizer)
         valid = test = train + replay
-        spans = convert_split_vector_to_split_matrix(parse_and_normalize_split(config.split or LEGACY_SPLIT))
     else:
         train = _inspect_all(config.train_data_path, flag="--train-data-path", tokenizer=tokenizer)
         valid = _inspect_all(config.valid_data_path, flag="--valid-data-path", tokenizer=tokenizer)
         test = _inspect_all(config.test_data_path, flag="--test-data-path", tokenizer=tokenizer)
-        spans = [(0.0, 1.0)] * 3
+    spans = split_spans(config)
     length, cut = config.seq_length, bool(config.data_path)
     held: dict[str, tuple[Holding, ...]] = {}
     for split, span, domains in zip(("train", "valid", "test"), spans, (train, valid, test), strict=True):
@@ -182,9 +183,20 @@ def survey_data(config: DataConfig, *, tokenizer: Tokenizer) -> Survey:
         short_is_fine = cut and split != "train"
         held[split] = take_stock(domains, span=span, split=split, seq_length=length, skip_short=short_is_fine)
     if replay and held["train"]:
+        assert spans[0] is not None, "documents are held for training"
         replayed = take_stock(replay, span=spans[0], split="train", seq_length=length)
         held["train"] = mix_in(held["train"], replay=replayed, share=config.replay_share)
     return Survey(**held)
+
+
+def split_spans(config: DataConfig) -> list[tuple[float, float] | None]:
+    """Which part of a domain's documents training, validation and test each get; None: nothing."""
+    if not config.data_path:
+        return [(0.0, 1.0)] * 3
+    spans: list[tuple[float, float] | None] = convert_split_vector_to_split_matrix(
+        parse_and_normalize_split(config.split or LEGACY_SPLIT)
+    )
+    return spans
 
 
 def _inspect_all(values: Sequence[str], *, flag: str, tokenizer: Tokenizer) -> list[tuple[Domain, Index]]:
@@ -293,6 +305,7 @@ def _build(config: DataConfig, *, tokenizer: Tokenizer, survey: Survey, train_sa
         test={holding.name: cut(holding, None, Split.test) for holding in survey.test},
         survey=survey,
         order=_order(config, survey=survey, train_samples=train_samples),
+        epochs=epochs_per_domain(survey.train, samples=train_samples, seq_length=config.seq_length),
     )
 
 

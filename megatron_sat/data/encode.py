@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -43,8 +43,24 @@ class TextOptions:
 
     def wants(self, record: dict[str, Any]) -> bool:
         """Whether ``keep`` and ``drop`` leave the record in."""
-        kept = all(str(record.get(name)) in values for name, values in self.keep.items())
-        return kept and not any(str(record.get(name)) in values for name, values in self.drop.items())
+        return wanted(record, keep=self.keep, drop=self.drop)
+
+
+def conditions(pairs: Sequence[str], *, flag: str) -> dict[str, list[str]]:
+    """What ``keep`` and ``drop`` take, out of FIELD=VALUE texts. Raises ValueError for one that is none."""
+    found: dict[str, list[str]] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise ValueError(f"{flag} must be FIELD=VALUE, got {pair}; write for instance {flag} lang=zh")
+        found.setdefault(name, []).append(value)
+    return found
+
+
+def wanted(record: Mapping[str, Any], *, keep: Mapping[str, list[str]], drop: Mapping[str, list[str]]) -> bool:
+    """Whether all fields of ``keep`` have one of their values in the record, and no field of ``drop`` has."""
+    kept = all(str(record.get(name)) in values for name, values in keep.items())
+    return kept and not any(str(record.get(name)) in values for name, values in drop.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +86,10 @@ class HasLines(Protocol):
 Chunk = TypeVar("Chunk", bound=HasLines)
 
 
+Work = Callable[[Sequence[bytes]], Encoded]
+"""What is made of some lines."""
+
+
 def encode_lines(
     lines: Sequence[bytes], *, tokenizer: Tokenizer, options: TextOptions, dtype: np.dtype
 ) -> Encoded:
@@ -83,7 +103,8 @@ def encode_lines(
         if not line.strip():
             continue
         try:
-            record, text, size = _parse(line, key=options.key)
+            record = parse_record(line)
+            text, size = _text(record, key=options.key)
             ids = tokenizer.tokenize(text) if options.wants(record) else None
         except ValueError as problem:
             if not options.skip_malformed:
@@ -102,32 +123,36 @@ def encode_lines(
     return Encoded(tokens=tokens, lengths=lengths, totals=totals, error=error)
 
 
-def _parse(line: bytes, *, key: str) -> tuple[dict[str, Any], str, int]:
-    """The record, its text and the text's size in UTF-8. Raises ValueError that says what is wrong."""
+def parse_record(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line. Raises ValueError that says what is wrong."""
     try:
         record = json.loads(line)
     except RecursionError as error:
         raise ValueError("brackets nested too deeply") from error
     if not isinstance(record, dict):
         raise ValueError(f"no JSON object but {type(record).__name__}")
+    return record
+
+
+def _text(record: dict[str, Any], *, key: str) -> tuple[str, int]:
+    """A record's text and its size in UTF-8. Raises ValueError that says what is wrong."""
     if key not in record:
         raise ValueError(f"no field {key!r}, only {', '.join(sorted(record)) or 'none'}")
     text = record[key]
     if not isinstance(text, str):
         raise ValueError(f"field {key!r} that is no text but {type(text).__name__}")
-    return record, text, len(text.encode())  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
+    return text, len(text.encode())  # a lone surrogate is a UnicodeEncodeError, which is a ValueError
 
 
 class Encoder:
-    """`encode_lines` over many chunks, ahead and in order; a context manager that owns the processes.
+    """One work over many chunks, ahead and in order; a context manager that owns the processes.
 
-    workers: 1 works in this process; more are forked at entry.
+    work: `encode_lines` with all but the lines bound, say. workers: 1 works in this process; more are forked at entry.
     """
 
-    def __init__(self, *, workers: int, tokenizer: Tokenizer, options: TextOptions, dtype: np.dtype) -> None:
-        self._workers = workers
+    def __init__(self, work: Work, *, workers: int) -> None:
+        self._work, self._workers = work, workers
         self._pool: ProcessPoolExecutor | None = None
-        self._how = (tokenizer, options, dtype)
 
     def __enter__(self) -> "Encoder":
         if self._workers > 1:
@@ -135,7 +160,7 @@ class Encoder:
                 self._workers,
                 mp_context=multiprocessing.get_context("fork"),
                 initializer=_start_worker,
-                initargs=(os.getpid(), *self._how),
+                initargs=(os.getpid(), self._work),
             )
             self._pool.submit(os.getpid).result()  # forks all of them now, before the caller starts threads
         return self
@@ -149,9 +174,8 @@ class Encoder:
     def encode(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, Encoded]]:
         """Each chunk with what came of it. Raises RuntimeError when a worker died."""
         if self._pool is None:
-            tokenizer, options, dtype = self._how
             for chunk in chunks:
-                yield chunk, encode_lines(chunk.lines, tokenizer=tokenizer, options=options, dtype=dtype)
+                yield chunk, self._work(chunk.lines)
             return
         under_way: deque[tuple[Chunk, Future[Encoded]]] = deque()
         try:
@@ -169,13 +193,13 @@ class Encoder:
             ) from error
 
 
-_inherited: tuple[Tokenizer, TextOptions, np.dtype]
+_inherited: Work
 
 
-def _start_worker(parent: int, tokenizer: Tokenizer, options: TextOptions, dtype: np.dtype) -> None:
+def _start_worker(parent: int, work: Work) -> None:
     """In a worker: keep what was inherited, leave Ctrl-C to the parent, and do not outlive it."""
     global _inherited
-    _inherited = (tokenizer, options, dtype)
+    _inherited = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 
@@ -188,8 +212,7 @@ def _leave_with(parent: int) -> None:
 
 
 def _encode_here(lines: list[bytes]) -> Encoded:
-    tokenizer, options, dtype = _inherited
-    return encode_lines(lines, tokenizer=tokenizer, options=options, dtype=dtype)
+    return _inherited(lines)
 
 
 def check_options(options: TextOptions, *, tokenizer: Tokenizer) -> None:
@@ -198,7 +221,12 @@ def check_options(options: TextOptions, *, tokenizer: Tokenizer) -> None:
         raise ValueError(
             "--prepend-bos needs a tokenizer with a bos token, this one has none; leave the flag out"
         )
-    both = set(options.keep) & set(options.drop)
+    refuse_both(options.keep, drop=options.drop)
+
+
+def refuse_both(keep: Mapping[str, list[str]], *, drop: Mapping[str, list[str]]) -> None:
+    """Raises ValueError for a field that is to choose and to leave out."""
+    both = set(keep) & set(drop)
     if both:
         raise ValueError(
             f"a field may be in --keep or in --drop, {sorted(both)} are in both; use --keep alone"

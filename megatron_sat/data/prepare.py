@@ -6,6 +6,7 @@ or on interruptions.
 """
 
 import dataclasses
+import functools
 import itertools
 import shutil
 import time
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_sat.data.draft import Draft, Position, draft_folder, read_progress
-from megatron_sat.data.encode import Encoder, TextOptions, check_options
+from megatron_sat.data.encode import Encoder, TextOptions, Work, check_options, encode_lines
 from megatron_sat.data.index_file import bin_path, idx_path, token_dtype
 from megatron_sat.data.jsonl import Lines, describe, find_inputs
 from megatron_sat.data.side_file import SideFile, Source, read_side_file
@@ -38,12 +41,57 @@ class Chunk:
     lines: list[bytes]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What lines become."""
+
+    work: Work
+    options: dict[str, Any]
+    """All that decides the output besides input and tokenizer, as it goes into the side file."""
+    dtype: np.dtype
+    """Of the .bin."""
+    wanted: str
+    """What a line must be, for the error that names one which is not."""
+
+
 def prepare(
     inputs: Sequence[str],
     *,
     output_prefix: str,
     tokenizer: Tokenizer,
     options: TextOptions,
+    workers: int,
+    overwrite: bool = False,
+    log_interval: int = 100_000,
+    commit_interval: int = 20_000,
+) -> SideFile:
+    """Make ``output_prefix``.bin, .idx and .json of the texts in jsonl files; see `prepare_lines`."""
+    check_options(options, tokenizer=tokenizer)
+    dtype = token_dtype(tokenizer.vocab_size)
+    job = Job(
+        work=functools.partial(encode_lines, tokenizer=tokenizer, options=options, dtype=dtype),
+        options=dataclasses.asdict(options),
+        dtype=dtype,
+        wanted="a JSON object with a text",
+    )
+    return prepare_lines(
+        inputs,
+        output_prefix=output_prefix,
+        tokenizer=tokenizer,
+        job=job,
+        workers=workers,
+        overwrite=overwrite,
+        log_interval=log_interval,
+        commit_interval=commit_interval,
+    )
+
+
+def prepare_lines(
+    inputs: Sequence[str],
+    *,
+    output_prefix: str,
+    tokenizer: Tokenizer,
+    job: Job,
     workers: int,
     overwrite: bool = False,
     log_interval: int = 100_000,
@@ -65,17 +113,15 @@ def prepare(
     ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}; leave --{name.replace('_', '-')} out")
-    check_options(options, tokenizer=tokenizer)
     paths = find_inputs(inputs)
     sources = _describe_all(paths)
-    job = _job(tokenizer, options=options, sources=sources)
-    existing = _existing(output_prefix, job=job, overwrite=overwrite)
+    decides = _decides(tokenizer, options=job.options, sources=sources)
+    existing = _existing(output_prefix, job=decides, overwrite=overwrite)
     if existing is not None:
         say(f"{output_prefix} is already prepared: {existing.totals.documents:,} documents")
         return existing
-    dtype = token_dtype(tokenizer.vocab_size)
-    encoder = Encoder(workers=workers, tokenizer=tokenizer, options=options, dtype=dtype)
-    with encoder, Draft(output_prefix, job=job, dtype=dtype) as draft:
+    encoder = Encoder(job.work, workers=workers)
+    with encoder, Draft(output_prefix, job=decides, dtype=job.dtype) as draft:
         if draft.resumed:
             say(f"continuing {draft.folder} after {draft.totals.documents:,} documents")
         with progress(sum(source.bytes for source in sources), f"preparing {output_prefix}") as advance:
@@ -84,10 +130,11 @@ def prepare(
                 encoder=encoder,
                 chunks=_chunks(paths, start=draft.position, advance=advance),
                 paths=paths,
+                wanted=job.wanted,
                 log_interval=log_interval,
                 commit_interval=commit_interval,
             )
-        side = _side_file(draft, tokenizer=tokenizer, options=options, sources=sources)
+        side = _side_file(draft, tokenizer=tokenizer, options=job.options, sources=sources)
         if side.totals.documents == 0:
             draft.discard()
             raise ValueError(
@@ -104,11 +151,11 @@ def _describe_all(paths: Sequence[Path]) -> tuple[Source, ...]:
         return tuple(describe(path, advance=advance) for path in paths)
 
 
-def _job(tokenizer: Tokenizer, *, options: TextOptions, sources: Sequence[Source]) -> dict[str, Any]:
+def _decides(tokenizer: Tokenizer, *, options: dict[str, Any], sources: Sequence[Source]) -> dict[str, Any]:
     """All that decides the output; where the files lie does not."""
     return {
         "fingerprint": tokenizer.fingerprint,
-        "options": dataclasses.asdict(options),
+        "options": options,
         "sources": [source.sha256 for source in sources],
     }
 
@@ -143,6 +190,7 @@ def _fill(
     encoder: Encoder,
     chunks: Iterator[Chunk],
     paths: Sequence[Path],
+    wanted: str,
     log_interval: int,
     commit_interval: int,
 ) -> None:
@@ -154,7 +202,7 @@ def _fill(
         if done.error is not None:
             lines_before, problem = done.error
             raise ValueError(
-                f"{paths[chunk.source]}:{chunk.first_line + lines_before} must be a JSON object with a text, "
+                f"{paths[chunk.source]}:{chunk.first_line + lines_before} must be {wanted}, "
                 f"got {problem}; mend it or pass --skip-malformed"
             )
         draft.append(done.tokens, lengths=done.lengths)
@@ -199,7 +247,7 @@ def _portions(lines: Iterator[bytes]) -> Iterator[list[bytes]]:
 
 
 def _side_file(
-    draft: Draft, *, tokenizer: Tokenizer, options: TextOptions, sources: tuple[Source, ...]
+    draft: Draft, *, tokenizer: Tokenizer, options: dict[str, Any], sources: tuple[Source, ...]
 ) -> SideFile:
     totals = draft.totals
     return SideFile(
@@ -207,7 +255,7 @@ def _side_file(
         fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         eod=tokenizer.eod,
-        options=dataclasses.asdict(options),
+        options=options,
         sources=sources,
         totals=totals,
         dtype=draft.dtype.name,
@@ -219,4 +267,5 @@ def _reasons(side: SideFile) -> str:
     totals = side.totals
     return (
         f"{totals.malformed} lines malformed, {totals.filtered} records filtered, {totals.empty} without text"
+        + (f", {totals.too_long} too long" if totals.too_long else "")
     )

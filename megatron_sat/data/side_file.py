@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
+CONVERSATIONS = "conversations"
+"""What `SideFile.options` say under "kind" of instruction data; of documents they say nothing there."""
 
 
 @dataclass(kw_only=True)
@@ -29,12 +31,19 @@ class Totals:
     """Records left out on request."""
     empty: int = 0
     """Records whose text has no token."""
+    targets: int = 0
+    """Tokens of responses, in instruction data."""
+    truncated: int = 0
+    """Examples cut to a length, in instruction data."""
+    too_long: int = 0
+    """Examples left out for their length, in instruction data."""
     max_token_id: int = -1
 
     def add(self, other: "Totals") -> None:
         """Count ``other`` in."""
-        for name in ("documents", "tokens", "characters", "bytes", "malformed", "filtered", "empty"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for each in fields(self):
+            if each.name != "max_token_id":
+                setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
         self.max_token_id = max(self.max_token_id, other.max_token_id)
 
 
@@ -57,7 +66,7 @@ class SideFile:
     vocab_size: int
     eod: int
     options: dict[str, Any]
-    """How texts were chosen and encoded: `prepare.TextOptions`."""
+    """How texts were chosen and encoded: `encode.TextOptions`, or `sft_encode.ChatOptions`."""
     sources: tuple[Source, ...]
     totals: Totals
     dtype: str

@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_sat.data.domains import Domain
 from megatron_sat.data.index_file import Index, id_range, read_index
-from megatron_sat.data.side_file import SideFile, read_side_file, side_path
+from megatron_sat.data.side_file import CONVERSATIONS, SideFile, read_side_file, side_path
 from megatron_sat.data.tokenizer import Tokenizer
 from megatron_sat.log import warn_once
 
@@ -55,7 +55,16 @@ def inspect(domain: Domain, *, tokenizer: Tokenizer) -> Index:
         )
         low, high = id_range(domain.prefix, index)
     else:
-        _check_side(domain, side=side, index=index, tokenizer=tokenizer)
+        check_side(domain, side=side, index=index, tokenizer=tokenizer)
+        if side.options.get("kind") == CONVERSATIONS:
+            raise ValueError(
+                f"domain {domain.name}: pre-training needs documents, {domain.prefix} holds instruction data; train on "
+                "them with finetune_sat.py"
+            )
+        if not side.options.get("append_eod", False):
+            warn_once(
+                f"domain {domain.name} was prepared without --append-eod: its documents run into each other"
+            )
         low, high = 0, side.totals.max_token_id
     if low < 0 or high >= tokenizer.vocab_size:
         raise ValueError(
@@ -66,7 +75,8 @@ def inspect(domain: Domain, *, tokenizer: Tokenizer) -> Index:
     return index
 
 
-def _check_side(domain: Domain, *, side: SideFile, index: Index, tokenizer: Tokenizer) -> None:
+def check_side(domain: Domain, *, side: SideFile, index: Index, tokenizer: Tokenizer) -> None:
+    """Raises ValueError for another tokenizer's tokens, and for a side file that describes other files."""
     if side.fingerprint != tokenizer.fingerprint:
         raise ValueError(
             f"domain {domain.name}: data and training must have one tokenizer, {domain.prefix} was made with "
@@ -78,10 +88,6 @@ def _check_side(domain: Domain, *, side: SideFile, index: Index, tokenizer: Toke
         raise ValueError(
             f"domain {domain.name}: {side_path(domain.prefix)} must describe the .bin beside it, which has "
             f"{side.bin_bytes} bytes there and {found} on disk; prepare the data again"
-        )
-    if not side.options.get("append_eod", False):
-        warn_once(
-            f"domain {domain.name} was prepared without --append-eod: its documents run into each other"
         )
 
 

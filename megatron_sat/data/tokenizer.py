@@ -190,6 +190,12 @@ def _huggingface(model: str) -> Tokenizer:
     )
 
 
+def transformers_tokenizer(tokenizer: Tokenizer) -> Any:
+    """A fresh tokenizer of transformers from the folder of a "huggingface" one, in which special tokens that a text
+    spells are special: for chat templates, which write them."""
+    return _open(str(Path(tokenizer.path).resolve()))
+
+
 def _open(folder: str) -> Any:
     """What AutoTokenizer gives; for Mistral's models also where mistral-common lacks packages of its own."""
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}

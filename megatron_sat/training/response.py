@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from megatron_sat import log
-from megatron_sat.data.whereabouts import whereabouts
+from megatron_sat.data.whereabouts import Whereabouts, whereabouts
 from megatron_sat.distributed import Layout
 from megatron_sat.engines.base import Engine, StepResult
 from megatron_sat.engines.veto import Judged
@@ -47,9 +47,10 @@ class Samples:
 
     def documents(self, sample: int) -> str:
         """Domain and documents of a sample, in words."""
-        place = whereabouts(self.dataset, sample)
-        if place is None:
-            return "of unknown documents"
+        places = whereabouts(self.dataset, sample)
+        return " and ".join(map(self._named, places)) or "of unknown documents"
+
+    def _named(self, place: Whereabouts) -> str:
         named = ", ".join(map(str, place.documents[:MAX_NAMED])) + (" ..." if len(place.documents) > MAX_NAMED else "")
         return f"{self.names.get(place.prefix, place.prefix)} {named}"
 

@@ -1,6 +1,7 @@
 """What lines become, and worker processes that give the same in the same order, or say that they died."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -23,6 +24,10 @@ U2 = np.dtype("<u2")
 @dataclass(frozen=True)
 class Chunk:
     lines: list[bytes]
+
+
+def work(tokenizer):
+    return functools.partial(encode_lines, tokenizer=tokenizer, options=TextOptions(), dtype=U2)
 
 
 def line(text: str, **fields: object) -> bytes:
@@ -102,7 +107,7 @@ def test_chunks_come_back_in_order_whatever_the_workers(ids, workers):
         ids, encode=lambda text: time.sleep(0.05 * (text == "0")) or ids.encode(text)
     )
     chunks = [Chunk([line(str(i))]) for i in range(40)]
-    with Encoder(workers=workers, tokenizer=slow_first, options=TextOptions(), dtype=U2) as encoder:
+    with Encoder(work(slow_first), workers=workers) as encoder:
         done = list(encoder.encode(iter(chunks)))
     assert [chunk for chunk, _ in done] == chunks
     assert [documents(encoded) for _, encoded in done] == [[[i]] for i in range(40)]
@@ -110,7 +115,7 @@ def test_chunks_come_back_in_order_whatever_the_workers(ids, workers):
 
 def test_a_worker_that_dies_is_an_error_and_no_hang(ids):
     deadly = dataclasses.replace(ids, encode=lambda text: os._exit(9))
-    encoder = Encoder(workers=2, tokenizer=deadly, options=TextOptions(), dtype=U2)
+    encoder = Encoder(work(deadly), workers=2)
     with encoder, pytest.raises(RuntimeError, match="2 worker processes must live to the end, one died"):
         list(encoder.encode([Chunk([line("1")])]))
 
@@ -119,12 +124,8 @@ def test_workers_leave_when_their_parent_is_killed(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
         f"import sys, time; sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
-        "import numpy as np\n"
-        "from megatron_sat.data.encode import Encoder, TextOptions\n"
-        "from megatron_sat.data.tokenizer import build_tokenizer\n"
-        "tokenizer = build_tokenizer('NullTokenizer', vocab_size=9)\n"
-        "how = {'options': TextOptions(), 'dtype': np.dtype('<u2')}\n"
-        "with Encoder(workers=2, tokenizer=tokenizer, **how) as encoder:\n"
+        "from megatron_sat.data.encode import Encoder\n"
+        "with Encoder(len, workers=2) as encoder:\n"
         "    print(*(pid for pid in encoder._pool._processes), flush=True)\n"
         "    time.sleep(60)\n"
     )
