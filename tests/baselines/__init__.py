@@ -1,0 +1,1 @@
+"""The baselines against their arithmetic, written out."""
