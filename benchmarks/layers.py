@@ -90,7 +90,7 @@ def time_layer(
     """
     assert micro_batches >= LEAST, f"{micro_batches} micro-batches have no lap between the first and the last two"
     gradient = torch.randn_like(inputs)
-    number, host = 0, 0.0
+    number, wait = 0, 0.0
     found: dict[bool, list[tuple[float, float, float]]] = {False: [], True: []}
     for held in (False, True):
         for _ in range(WARM_UP + steps):
@@ -99,7 +99,7 @@ def time_layer(
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             laps = Laps()
-            hold_back(1.5 * host if held else 0.0)
+            hold_back(wait if held else 0.0)
             clock = time.perf_counter()
             laps.mark()
             with opened(number):
@@ -112,7 +112,8 @@ def time_layer(
             seconds = laps.seconds()
             one = statistics.median(seconds[1:-2])
             found[held].append((one, sum(seconds) - micro_batches * one, asked / micro_batches))
-            host = host if held else asked
+            if not held:
+                wait = _enough(asked, whole=sum(seconds), micro_batches=micro_batches)
     launched, alone = (_medians(found[held][WARM_UP:]) for held in (False, True))
     return LayerTime(
         layer_seconds=alone[0],
@@ -121,6 +122,12 @@ def time_layer(
         step_seconds_launched=launched[1],
         host_seconds=alone[2],
     )
+
+
+def _enough(asked: float, *, whole: float, micro_batches: int) -> float:
+    """Seconds to hold a device back, so that it waits for no launch: of a whole step where the host is what takes long,
+    of one micro-batch where the host gets ahead by itself. No longer, for a device that rests is a faster one."""
+    return 1.2 * (asked if asked > 0.8 * whole else asked / micro_batches)
 
 
 def _medians(rows: list[tuple[float, float, float]]) -> list[float]:

@@ -19,32 +19,14 @@ from benchmarks.timing import median_seconds
 from megatron_sat.build import Run
 from megatron_sat.data.batch import build_train_iterator
 from megatron_sat.estimate.hardware import Attended, Choosing, Kind, Product
+from megatron_sat.estimate.step import KINDS, linears, product_sizes
 from megatron_sat.layers.fused import add_weight_gradient
 from megatron_sat.model.flops import KeptShape, ModelShape
 
 REPEATS, CALLS = 3, 4
-KINDS: tuple[Kind, ...] = ("forward", "input", "weight")
 STREAMED = 2**27
 """Entries of a tensor that is read and written to see how fast memory is: more than any cache holds."""
 Sizes = tuple[int, ...]
-
-
-def linears(shape: ModelShape, kept: KeptShape) -> list[tuple[int, int]]:
-    """(inputs, outputs) of a layer's four products: QKV, O, gate and up, down."""
-    h, d = shape.hidden_size, shape.kv_channels
-    return [
-        (h, (kept.heads + 2 * kept.groups) * d),
-        (kept.heads * d, h),
-        (h, (2 if shape.gated else 1) * kept.channels),
-        (kept.channels, h),
-    ]
-
-
-def product_sizes(kind: Kind, *, tokens: int, inputs: int, outputs: int) -> tuple[int, int, int]:
-    """(m, n, k) of one of a linear layer's three products."""
-    if kind == "forward":
-        return tokens, outputs, inputs
-    return (tokens, inputs, outputs) if kind == "input" else (outputs, inputs, tokens)
 
 
 def measure_products(wanted: Iterable[Sizes], *, dtype: torch.dtype) -> list[Product]:
@@ -160,7 +142,7 @@ def _step_seconds(run: Run, count: int, *, repeats: int) -> float:
 
 def wanted_products(shape: ModelShape, kept: Sequence[KeptShape], *, tokens: Iterable[int]) -> list[Sizes]:
     """What layers of these kept shapes, and the head, ask for."""
-    pairs = [pair for each in kept for pair in linears(shape, each)]
+    pairs = [pair for each in kept for pair in linears(shape, each).values()]
     pairs.append((shape.hidden_size, shape.padded_vocab_size))
     return [(count, inputs, outputs) for count in tokens for inputs, outputs in pairs]
 

@@ -103,9 +103,8 @@ class Hardware:
             for row in rows:
                 if not row.seconds > 0:
                     raise ValueError(f"a measured time must be above 0, got {row}; measure again")
-        for name in ("bytes_per_second", "launch_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}; measure again")
+        if not self.bytes_per_second > 0:
+            raise ValueError(f"bytes_per_second must be above 0, got {self.bytes_per_second}; measure again")
 
     def product_seconds(self, kind: Kind, *, m: int, n: int, k: int) -> "Figure":
         """How long one product takes; sizes as in `Product`."""

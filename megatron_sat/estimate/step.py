@@ -1,0 +1,249 @@
+"""How long one training step takes on one GPU of many: the sum of what it asks of the device, measured part by part.
+
+A layer's micro-batch is its products (a forward and two of the backward each, interpolated from measured shapes), its
+attention (measured rate), and what it streams through memory between them (bytes over measured bandwidth); it takes
+the host's launches where those are longer. To all micro-batches come embedding, head and loss, and once a step the
+choosing and packing, the update, and what communication does not hide. Communication is of data sheets, the rest was
+measured (`hardware`). Nothing else overlaps, and nothing is fitted to whole steps.
+
+Shapes: `h` hidden, `d` head dim, `f` channels, `p` TP size.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+from megatron_sat.estimate.hardware import Figure, Hardware, Kind
+from megatron_sat.model.flops import NO_RECOMPUTE, KeptShape, ModelShape, Recompute, whole
+from megatron_sat.rehearsal.memory import Cut, layer_matrices, parameters
+
+KINDS: tuple[Kind, ...] = ("forward", "input", "weight")
+ACTIVATION = 2
+"""Bytes of an activation, bf16."""
+GRADIENT = 4
+"""Bytes of a gradient that is reduced, fp32."""
+ATTENTION_FORWARD = 2 / 7
+"""Of an attention's time: its kernel does two products forward, and five backward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What a replica reads in a step."""
+
+    micro_batch_size: int
+    micro_batches: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How the work lies on GPUs, and what joins them. Bytes a second are those that a GPU sends."""
+
+    layers: tuple[int, ...]
+    """Of each pipeline rank."""
+    virtual: int = 1
+    """Model chunks a pipeline rank."""
+    tensor: int = 1
+    sequence_parallel: bool = False
+    tensor_link: float = 0.0
+    data: int = 1
+    data_link: float = 0.0
+    shards_update: bool = False
+    """Replicas share the update: the distributed optimizer."""
+    overlaps_reduction: bool = False
+    """Gradients are reduced while the last micro-batch's backward computes the others."""
+    sparse_reduction: bool = False
+    """Only kept rows and columns are reduced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of a step, by what they go to."""
+
+    layers: float
+    loss: float
+    """Embedding, head and loss."""
+    choosing: float
+    """Scores, choice, packing and unpacking."""
+    update: float
+    """Zeroing gradients, clipping, optimizer."""
+    tensor: float
+    """Sums over tensor-parallel ranks."""
+    waiting: float
+    """A pipeline's ranks for each other."""
+    reduction: float
+    """Over replicas, as far as it is not hidden."""
+    distance: float
+    """Of the shape that is farthest from all that were measured; `hardware.FAR` is far."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """Seconds by name, in the order of the fields."""
+        return {name: value for name, value in vars(self).items() if name != "distance"}
+
+
+def predict_step(
+    shape: ModelShape,
+    kept: KeptShape,
+    *,
+    hardware: Hardware,
+    batch: Batch,
+    spread: Spread,
+    recompute: Recompute = NO_RECOMPUTE,
+    graphs: bool = False,
+    interval: int = 1,
+    tied: bool = False,
+) -> StepTime:
+    """A step in which each layer computes ``kept``, on the pipeline rank that takes longest.
+
+    graphs: layers are replayed, so no launch is waited for. interval: steps that a choice is kept. tied: the head is
+    the embedding.
+    """
+    dense, parts, tokens = whole(shape), list[Figure](), batch.micro_batch_size * shape.seq_length
+    layer = layer_seconds(shape, kept, hardware=hardware, batch=batch, spread=spread, recompute=recompute, seen=parts)
+    layer = layer if graphs else max(layer, hardware.launch_seconds)
+    sums = tensor_seconds(shape, tokens=tokens, spread=spread)
+    head = _head_seconds(shape, tokens=tokens, hardware=hardware, tensor=spread.tensor, seen=parts)
+    stage, longest = _longest_stage(spread, layer=layer + sums, head=head)
+    here, last = spread.layers[stage], stage == len(spread.layers) - 1
+    cut = Cut(tensor=spread.tensor, context=1, layers=spread.layers)
+    number = parameters(shape, stage, cut=cut, tied=tied)
+    choosing = 0.0
+    if kept != dense:
+        every, some = (layer_matrices(shape, each, tensor=spread.tensor) for each in (dense, kept))
+        found = hardware.choosing_seconds(weights=every, kept=some)
+        parts.append(found)
+        choosing = here * found.seconds / interval
+    matrices = here * layer_matrices(shape, dense, tensor=spread.tensor)
+    omitted = matrices - here * layer_matrices(shape, kept, tensor=spread.tensor) if spread.sparse_reduction else 0
+    return StepTime(
+        layers=batch.micro_batches * here * layer,
+        loss=batch.micro_batches * head if last else 0.0,
+        choosing=choosing,
+        update=number * hardware.update_seconds_per_parameter / (spread.data if spread.shards_update else 1),
+        tensor=batch.micro_batches * here * sums,
+        waiting=(len(spread.layers) - 1) * longest / spread.virtual,
+        reduction=_reduction_seconds(number - omitted, spread=spread, backward=2 / 3 * here * layer),
+        distance=max(figure.distance for figure in parts),
+    )
+
+
+def linears(shape: ModelShape, kept: KeptShape, *, tensor: int = 1) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of a layer's four products on one TP rank: QKV, O, gate and up, down."""
+    h, d = shape.hidden_size, shape.kv_channels
+    return {
+        "qkv": (h, (kept.heads + 2 * kept.groups) * d // tensor),
+        "proj": (kept.heads * d // tensor, h),
+        "fc1": (h, (2 if shape.gated else 1) * kept.channels // tensor),
+        "fc2": (kept.channels // tensor, h),
+    }
+
+
+def product_sizes(kind: Kind, *, tokens: int, inputs: int, outputs: int) -> tuple[int, int, int]:
+    """(m, n, k) of one of a linear layer's three products."""
+    if kind == "forward":
+        return tokens, outputs, inputs
+    return (tokens, inputs, outputs) if kind == "input" else (outputs, inputs, tokens)
+
+
+def linear_seconds(
+    hardware: Hardware, *, tokens: int, inputs: int, outputs: int, kinds: tuple[Kind, ...] = KINDS
+) -> Iterator[Figure]:
+    """Of one linear layer, a figure a product."""
+    for kind in kinds:
+        m, n, k = product_sizes(kind, tokens=tokens, inputs=inputs, outputs=outputs)
+        yield hardware.product_seconds(kind, m=m, n=n, k=k)
+
+
+def layer_seconds(
+    shape: ModelShape,
+    kept: KeptShape,
+    *,
+    hardware: Hardware,
+    batch: Batch,
+    spread: Spread,
+    recompute: Recompute,
+    seen: list[Figure],
+) -> float:
+    """Forward and backward of a layer and micro-batch on the device. seen: takes the figures it is made of."""
+    tokens, tensor = batch.micro_batch_size * shape.seq_length, spread.tensor
+    matrices = linears(shape, kept, tensor=tensor)
+    products = [
+        figure
+        for inputs, outputs in matrices.values()
+        for figure in linear_seconds(hardware, tokens=tokens, inputs=inputs, outputs=outputs)
+    ]
+    attention = hardware.attention_seconds(
+        batch=batch.micro_batch_size,
+        sequence=shape.seq_length,
+        heads=kept.heads // tensor,
+        groups=kept.groups // tensor,
+        head_dim=shape.kv_channels,
+    )
+    streamed = streamed_bytes(shape, kept, tokens=tokens, tensor=tensor, split=spread.sequence_parallel)
+    between = streamed / hardware.bytes_per_second
+    seen += [*products, attention]
+    seconds = sum(figure.seconds for figure in products) + attention.seconds + between
+    forward = {
+        name: sum(f.seconds for f in linear_seconds(hardware, tokens=tokens, inputs=i, outputs=o, kinds=("forward",)))
+        for name, (i, o) in matrices.items()
+    }
+    again = {
+        "full": sum(forward.values()) + ATTENTION_FORWARD * attention.seconds + between / 3,
+        "core_attn": ATTENTION_FORWARD * attention.seconds,
+        "mlp": forward["fc1"] + forward["fc2"],
+    }
+    share = Fraction(shape.num_layers if recompute.layers is None else recompute.layers, shape.num_layers)
+    return seconds + float(share) * sum(again.get(part, 0.0) for part in recompute.parts)
+
+
+def streamed_bytes(shape: ModelShape, kept: KeptShape, *, tokens: int, tensor: int, split: bool) -> int:
+    """Read and written between a layer's products, forward and backward, in kernels that hold nothing back.
+
+    split: norms and residuals see a part of the sequence on each TP rank.
+    """
+    hidden = tokens // (tensor if split else 1) * shape.hidden_size
+    norms = 2 * (2 + 3)  # two of them; x and y, then x, dy and dx
+    residuals = 2 * (3 + 3)  # two sums of two; two sums of two gradients
+    heads, groups, channels = (number // tensor for number in (kept.heads, kept.groups, kept.channels))
+    rotation = (2 + 2) * (heads + groups)
+    merging = 2 * (heads + 2 * groups)  # the gradients of Q, K and V become one
+    activation = (3 + 5) if shape.gated else (2 + 3)
+    wide = tokens * (shape.kv_channels * (rotation + merging) + activation * channels)
+    return ACTIVATION * ((norms + residuals) * hidden + wide)
+
+
+def _head_seconds(
+    shape: ModelShape, *, tokens: int, hardware: Hardware, tensor: int, seen: list[Figure]
+) -> float:
+    """Embedding, head and loss of a micro-batch."""
+    rows = shape.padded_vocab_size // tensor
+    products = list(linear_seconds(hardware, tokens=tokens, inputs=shape.hidden_size, outputs=rows))
+    seen += products
+    return sum(figure.seconds for figure in products) + tokens * rows * hardware.loss_seconds_per_logit
+
+
+def _longest_stage(spread: Spread, *, layer: float, head: float) -> tuple[int, float]:
+    """(number, seconds of a micro-batch) of the pipeline rank that the others wait for."""
+    last = len(spread.layers) - 1
+    seconds = [count * layer + (head if stage == last else 0.0) for stage, count in enumerate(spread.layers)]
+    stage = max(range(len(seconds)), key=lambda each: (seconds[each], each))
+    return stage, seconds[stage]
+
+
+def tensor_seconds(shape: ModelShape, *, tokens: int, spread: Spread) -> float:
+    """A layer's four sums over [tokens, h] (Shoeybi et al. 2019, figure 4), none of them hidden."""
+    if spread.tensor == 1:
+        return 0.0
+    sent = 4 * 2 * (spread.tensor - 1) / spread.tensor * tokens * shape.hidden_size * ACTIVATION
+    return sent / spread.tensor_link
+
+
+def _reduction_seconds(number: int, *, spread: Spread, backward: float) -> float:
+    """Of ``number`` gradients over the replicas; what is left of it beside the last micro-batch's backward."""
+    if spread.data == 1:
+        return 0.0
+    seconds = 2 * (spread.data - 1) / spread.data * number * GRADIENT / spread.data_link
+    return max(seconds - backward, 0.0) if spread.overlaps_reduction else seconds
