@@ -84,8 +84,8 @@ def rehearse(cluster: Cluster, argv: Sequence[str]) -> int:
     except cli.ParsedExit as asked:
         return int(asked.code or 0)
     try:
-        rows, guess = _vocabulary(config)
-        shape = _shape(config, rows=rows)
+        rows, guess = vocabulary_rows(config)
+        shape = model_shape(config, rows=rows)
         plan = plan_of(config, shape=shape, epochs=_epochs(config))
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -230,7 +230,7 @@ def _say_paths(named: Sequence[Named]) -> None:
     log.say(f"{len(named) - len(missing)} of {len(named)} paths are on this machine; the hosts of the run need all")
 
 
-def _vocabulary(config: Config) -> tuple[int, str]:
+def vocabulary_rows(config: Config) -> tuple[int, str]:
     """Rows of the embedding, and how they were come by where the tokenizer is not here.
 
     Raises ValueError where nothing says how many.
@@ -250,7 +250,8 @@ def _vocabulary(config: Config) -> tuple[int, str]:
     return rows, f"the tokenizer is not on this machine: the vocabulary is taken to have {rows} rows"
 
 
-def _shape(config: Config, *, rows: int) -> ModelShape:
+def model_shape(config: Config, *, rows: int) -> ModelShape:
+    """What the settings say of the model, with so many rows of vocabulary."""
     t = config.transformer
     return ModelShape(
         num_layers=t["num_layers"],
