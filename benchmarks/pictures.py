@@ -73,6 +73,20 @@ def draw_ladder(runs: Mapping[str, Sequence[float]], path: Path, *, title: str) 
     _finish(figure, path, title=title)
 
 
+def draw_reduction(rows: Sequence[Row], path: Path, *, title: str) -> None:
+    """Bars of milliseconds a reduction, and how far fewer bytes alone would have brought each."""
+    figure, (axes,) = _figure(1, width=1.6 + 1.0 * len(rows))
+    names = [f"{row['reduction']}\n{'in turn' if row['bucketed'] else 'at once'}\n{row['rate']:g}" for row in rows]
+    places = range(len(rows))
+    axes.bar(places, [1e3 * row["seconds"] for row in rows], color=COLOURS[2], label="measured")
+    bounds = [1e3 * row["seconds"] * row["speed"] * row["share"] for row in rows]
+    axes.bar(places, bounds, color="none", edgecolor=COLOURS[0], linestyle=":", label="by bytes")
+    axes.set_xticks(places, names)
+    axes.set_ylabel("ms a reduction")
+    axes.legend(frameon=False)
+    _finish(figure, path, title=title)
+
+
 def _figure(panels: int, *, width: float) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, 4.6), layout="constrained")
     FigureCanvasAgg(figure)

@@ -16,12 +16,12 @@ the buffer an element lies, and packing moves it, so sums are equal where the ad
 their last bits, as they do between two bucket sizes. An owner adds up in fp32 and rounds once where gradients are bf16;
 a ring rounds after each addition. The order is the same in each run, so a resumed run equals an uninterrupted one.
 
-On a GPU, packing, sending and unpacking have a stream of their own where Megatron overlaps reduction and backward.
+On a GPU, packing and unpacking have streams of their own where Megatron overlaps reduction and backward.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, zip_longest
+from itertools import chain, cycle, zip_longest
 from typing import Any
 
 import torch
@@ -61,9 +61,9 @@ class SparseReduction:
     ) -> None:
         self._entries = entries
         self._ran: set[torch.nn.Module] = set()
-        stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        streams = _Streams() if torch.cuda.is_available() else None
         groups = [
-            _Group(group, stream=stream, round_elements=round_elements)
+            _Group(group, streams=streams, round_elements=round_elements)
             for chunk in chunks
             for group in _checked(chunk).bucket_groups + chunk.expert_parallel_bucket_groups
         ]
@@ -76,6 +76,10 @@ class SparseReduction:
         self._ran.clear()
         self._filled.forget()
 
+    def learn(self) -> None:
+        """Ask for the entries that are known by now; what none is known of is reduced whole."""
+        self._filled.learn(self._entries())
+
     def watching(self, forward: Forward) -> Forward:
         """The same forward, after whose first call for each chunk the entries are asked for."""
 
@@ -83,7 +87,7 @@ class SparseReduction:
             output = forward(chunk, batch)
             if chunk not in self._ran:
                 self._ran.add(chunk)
-                self._filled.learn(self._entries())
+                self.learn()
             return output
 
         return watched
@@ -111,11 +115,26 @@ def _checked(chunk: DistributedDataParallel) -> DistributedDataParallel:
     return chunk
 
 
+class _Streams:
+    """Two streams that buckets use in turn: one packs while what the other has packed is on its way."""
+
+    def __init__(self) -> None:
+        self._streams = cycle((torch.cuda.Stream(), torch.cuda.Stream()))
+
+    def run(self, work: Callable[[], None]) -> torch.cuda.Event:
+        """Work behind what the current stream has been asked for so far. Returns the event of its end."""
+        stream = next(self._streams)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()
+        return stream.record_event()
+
+
 class _Group:
     """One of DDP's bucket groups."""
 
-    def __init__(self, group: Any, *, stream: "torch.cuda.Stream | None", round_elements: int) -> None:
-        self._group, self._stream, self._most = group, stream, round_elements
+    def __init__(self, group: Any, *, streams: _Streams | None, round_elements: int) -> None:
+        self._group, self._streams, self._most = group, streams, round_elements
         self._megatrons = group.start_grad_sync
         self._sharded = group.ddp_config.use_distributed_optimizer
         self._ranks = (
@@ -152,14 +171,11 @@ class _Group:
                 bucket.grad_data *= bucket.gradient_scaling_factor
         if not config.overlap_grad_reduce:
             self._reduce()
-        elif self._stream is None:
+        elif self._streams is None:
             self._reduce()
             group.grad_reduce_handle = _Done()
         else:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                self._reduce()
-            group.grad_reduce_handle = self._stream.record_event()
+            group.grad_reduce_handle = self._streams.run(self._reduce)
 
     def _reduce(self) -> None:
         """All rounds, each packed while the one before it is on its way."""

@@ -11,6 +11,7 @@ from megatron.core.distributed import param_and_grad_buffer
 from torch import Tensor
 from torch.testing import assert_close
 
+from benchmarks.wire import counted
 from megatron_sat.engines import sparse_reduce
 from megatron_sat.engines.base import Filled
 from megatron_sat.engines.megatron import MegatronEngine
@@ -19,7 +20,6 @@ from tests.helpers.engine_state import named, snapshot
 from tests.helpers.plain_engine import bits, make_engine, train
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tolerances import RUN_LOSS, RUN_NORM
-from tests.helpers.wire import counted
 
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
 SHARDED = {"use_distributed_optimizer": True}
@@ -105,7 +105,7 @@ def run(settings: dict[str, Any], *, sparse: bool, steps: int = 3, dense: Iterab
     results, sent = [], []
     for step in range(steps):
         part.step = step
-        with counted(engine) as wire:
+        with counted(engine._wrapped) as wire:
             results += train(engine, layout, steps=range(step, step + 1))
         sent.append(wire.bytes)
     sizes = [(p.numel(), Part.dim_of(n) is None) for n, p in named(engine)]
@@ -196,7 +196,7 @@ def summed(rank: int, *, sharded: bool, most: int) -> list[bool]:
     (chunk,) = engine._wrapped
     reduction = SparseReduction(engine._wrapped, entries=part.entries, round_elements=most)
     reduction.begin_step()
-    reduction._filled.learn(part.entries())
+    reduction.learn()
     entries = {parameter: (dim, index) for parameter, dim, index in part.entries()}
     mine: dict[torch.nn.Parameter, Tensor] = {}
     for seed, (_, parameter) in enumerate(named(engine)):
@@ -232,7 +232,7 @@ def in_place(_: int, longest: int) -> tuple[int, dict[str, bytes]]:
     sparse_reduce.LONG = longest
     engine, layout = make_engine()
     engine.reduce_only(Part(engine).entries)
-    with counted(engine) as wire:
+    with counted(engine._wrapped) as wire:
         train(engine, layout, steps=range(1))
     return wire.calls, bits(snapshot(engine))
 
@@ -250,8 +250,8 @@ def forced(_: int) -> tuple[int, int]:
     part = Part(engine)
     engine.reduce_only(part.entries)
     assert engine._sparse_reduction is not None
-    engine._sparse_reduction._filled.learn(part.entries())
-    with counted(engine) as wire:
+    engine._sparse_reduction.learn()
+    with counted(engine._wrapped) as wire:
         engine._wrapped[0].finish_grad_sync(force_all_reduce=True)
     return wire.bytes, engine._wrapped[0].buffers[0].grad_data.nbytes
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.wire import counted
 from megatron_sat.sparsity.controller import Controller, Entry
 from tests.helpers.program import SPARSE, Text, open_session, read_records, trained
 from tests.helpers.ranks import run_ranks
-from tests.helpers.wire import counted
 
 LESS = "--sat-sparse-reduce"
 SHARDED = "--use-distributed-optimizer"
@@ -77,7 +77,7 @@ def sent(_: int, argv: list[str]) -> tuple[list[int], int, int]:
     true = engine.train_step
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        with counted(engine) as wire:
+        with counted(engine._wrapped) as wire:
             result = true(*args, **kwargs)
         found.append(wire.bytes)
         return result

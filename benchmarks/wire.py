@@ -1,15 +1,12 @@
 """What the reduction of gradients hands to torch.distributed, counted where it does."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from megatron.core.distributed import param_and_grad_buffer
-
-from megatron_sat.engines.megatron import MegatronEngine
+from megatron.core.distributed import DistributedDataParallel, param_and_grad_buffer
 
 
 @dataclass
@@ -22,11 +19,10 @@ class Wire:
 
 
 @contextmanager
-def counted(engine: MegatronEngine) -> Iterator[Wire]:
-    """Inside, count what leaves from within the bucket groups' ``start_grad_sync``."""
+def counted(chunks: Iterable[DistributedDataParallel]) -> Iterator[Wire]:
+    """Inside, count what leaves from within the ``start_grad_sync`` of the chunks' bucket groups."""
     wire, reducing = Wire(), [False]
-    groups = [g for c in engine._wrapped for g in (*c.bucket_groups, *c.expert_parallel_bucket_groups)]
-    starts = [group.start_grad_sync for group in groups]
+    groups = [group for chunk in chunks for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)]
 
     def flagged(start: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> None:
@@ -47,21 +43,21 @@ def counted(engine: MegatronEngine) -> Iterator[Wire]:
 
         return call
 
+    starts = [group.start_grad_sync for group in groups]
     places: list[tuple[Any, str, int]] = [
         (dist, "all_reduce", 0),
         (dist, "all_to_all_single", 1),
         (param_and_grad_buffer, "dist_reduce_scatter_func", 1),
     ]
-    originals = [getattr(where, name) for where, name, _ in places]
+    collectives = [getattr(where, name) for where, name, _ in places]
     for group, start in zip(groups, starts, strict=True):
         group.start_grad_sync = flagged(start)
-    for (where, name, source), original in zip(places, originals, strict=True):
-        setattr(where, name, counting(original, source=source))
+    for (where, name, source), collective in zip(places, collectives, strict=True):
+        setattr(where, name, counting(collective, source=source))
     try:
         yield wire
     finally:
         for group, start in zip(groups, starts, strict=True):
             group.start_grad_sync = start
-        for (where, name, _), original in zip(places, originals, strict=True):
-            setattr(where, name, original)
-    assert torch.distributed.all_reduce is originals[0]
+        for (where, name, _), collective in zip(places, collectives, strict=True):
+            setattr(where, name, collective)
