@@ -156,9 +156,12 @@ def build_windows(config: DataConfig, *, sft: SFTConfig, tokenizer: Tokenizer, t
         return Windows(domains, which, seq_length=config.seq_length, filling=tokenizer.eod)
 
     def once(domains: tuple[Examples, ...]) -> dict[str, Windows]:
-        how = {"size": config.seq_length, "packed": sft.packing}
         return {
-            each.name: windows((each,), sft_packing.windows_in_order(lengths=each.lengths, **how)) for each in domains
+            each.name: windows(
+                (each,),
+                sft_packing.windows_in_order(lengths=each.lengths, size=config.seq_length, packed=sft.packing),
+            )
+            for each in domains
         }
 
     train, epochs = None, {}

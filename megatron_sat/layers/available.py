@@ -6,6 +6,7 @@ left aside.
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -29,6 +30,23 @@ def flash_attention(*, cuda: bool) -> Kernel | None:
     if library is None or kernel is None or _release(library) < _FIRST_FLASH_ATTENTION:
         return None
     return kernel
+
+
+def flash_attention_varlen(*, cuda: bool) -> Kernel | None:
+    """The same of sequences laid end to end: flash-attn's ``flash_attn_varlen_func``, [t, n, d]."""
+    if flash_attention(cuda=cuda) is None:
+        return None
+    kernel: Kernel | None = getattr(_library("flash_attn", cuda=cuda), "flash_attn_varlen_func", None)
+    return kernel
+
+
+def torch_attention_varlen(*, cuda: bool) -> Kernel | None:
+    """torch's own ``varlen_attn``, [t, n, d]; where it takes a window and grouped queries (2.13)."""
+    name = "torch.nn.attention.varlen"
+    if not cuda or importlib.util.find_spec(name) is None:
+        return None
+    kernel: Kernel = importlib.import_module(name).varlen_attn
+    return kernel if {"window_size", "enable_gqa"} <= inspect.signature(kernel).parameters.keys() else None
 
 
 def transformer_engine_norm(*, cuda: bool) -> type[torch.nn.Module] | None:

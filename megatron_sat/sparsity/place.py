@@ -1,4 +1,4 @@
-"""Where a selector stands: which neurons it is in charge of, and the two matrices they lie in."""
+"""Where a selector stands: which neurons it is in charge of, the two matrices they lie in, and which tokens count."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,3 +37,13 @@ class Weights:
     whole: Callable[[Tensor], Tensor] = lambda weight: weight
     """One of the two with all its values, where this rank may have been left a shard of them; called on the one that
     is scored, and then alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """Which tokens of a forward count: padding says nothing about a neuron."""
+
+    inputs: Tensor
+    """Bool, as the module's input without its last dimension: [s, b], a shard of the sequence under SP."""
+    activations: Tensor
+    """Bool, likewise of what the row-parallel weight takes in."""

@@ -17,7 +17,7 @@ from megatron_sat.sparsity.compact import Packing
 from megatron_sat.sparsity.importance import METRICS, Needs
 from megatron_sat.sparsity.neurons import Kept, Neurons
 from megatron_sat.sparsity.noise import Noise, Part, Take
-from megatron_sat.sparsity.place import Place, Weights
+from megatron_sat.sparsity.place import Counted, Place, Weights
 from megatron_sat.sparsity.selection import keep_count, select
 
 Key = tuple[int, int]
@@ -105,6 +105,8 @@ class Selector:
         self._take_noise: Take
         self.draw_with(Noise())
         self.packing: Packing | None = None
+        self.counted: Counted | None = None
+        """Of the forward under way; None: all tokens."""
         self._wanted: Key | None = None
         self._choice: Kept | None = None
         self._choice_key: Key | None = None
@@ -184,8 +186,15 @@ class Selector:
     # -- what `kept` does, part by part, for those who record it
 
     def measure(self, tokens: Tensor, activations: Callable[[], Tensor]) -> Tensor:
-        """[sums_width] fp32: what the metric sums over this rank's tokens."""
-        return self._metric.sums(activations() if self._metric.needs == "activations" else tokens)
+        """[sums_width] fp32: what the metric sums over this rank's tokens, those that are `counted`."""
+        by_activations = self._metric.needs == "activations"
+        looked_at = activations() if by_activations else tokens
+        if self.counted is None:
+            return self._metric.sums(looked_at)
+        count = self.counted.activations if by_activations else self.counted.inputs
+        sums = self._metric.sums(looked_at.masked_fill(~count.unsqueeze(-1), 0))
+        sums[-1] = count.sum()
+        return sums
 
     def add(self, sums: Tensor) -> Tensor:
         """The sums of all ranks that hold other tokens of this step; maybe in place."""
