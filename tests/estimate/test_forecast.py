@@ -1,0 +1,151 @@
+"""A run's prediction: its rungs added up, what it is compared with, and what the time model does not know."""
+
+import json
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from megatron_sat.build import plan_of
+from megatron_sat.config import Config
+from megatron_sat.estimate.forecast import Forecast, Links, forecast, layer_of, spread_of
+from megatron_sat.estimate.step import Batch, Spread, predict_step
+from megatron_sat.flags.defaults import Machine
+from megatron_sat.model.flops import kept_shape, whole
+from megatron_sat.rehearsal.cluster import Cluster
+from megatron_sat.rehearsal.rehearse import memory_of, model_shape, vocabulary_rows
+from tests.estimate.tables import even
+from tests.helpers.command_line import LADDER, run
+
+CUDA = Machine(cuda=True)
+LINKS = Links(inside=1e11, across=None)
+
+
+def shape_of(config: Config) -> Any:
+    return model_shape(config, rows=vocabulary_rows(config)[0])
+
+
+def predicted(
+    more: str = LADDER, *, ranks: int = 1, per_host: int = 8, links: Links = LINKS, **hardware: Any
+) -> Forecast:
+    config = run(f"{more} --bf16", ranks=ranks, machine=CUDA)
+    cluster = Cluster(gpu="h100", world_size=ranks, per_host=per_host)
+    return forecast(config, shape=shape_of(config), hardware=even(**hardware), cluster=cluster, links=links)
+
+
+def test_a_run_is_its_rungs_and_is_compared_with_as_many_dense_steps():
+    found = predicted()
+    config = run(f"{LADDER} --bf16", machine=CUDA)
+    shape, batch = shape_of(config), Batch(micro_batch_size=2, micro_batches=4)
+    seconds = 0.0
+    for rung in found.plan.rungs:
+        kept = kept_shape(shape, rung.rung.rate, selection_groups=1, channel_multiple=128, gqa="group")
+        step = predict_step(shape, kept, hardware=even(), batch=batch, spread=Spread(layers=(4,)))
+        seconds += rung.rung.steps * step.seconds
+    dense = predict_step(shape, whole(shape), hardware=even(), batch=batch, spread=Spread(layers=(4,)))
+    assert found.seconds == pytest.approx(seconds)
+    assert found.dense_seconds == pytest.approx(100 * dense.seconds)
+    assert found.saved == pytest.approx(1 - seconds / (100 * dense.seconds))
+    assert found.memory == memory_of(config, shape=shape, plan=plan_of(config, shape=shape, epochs={}))
+
+
+def test_a_dense_run_saves_nothing():
+    found = predicted("")
+    assert (found.saved, found.seconds) == (0.0, found.dense_seconds)
+
+
+def test_the_table_has_a_row_a_rung_and_one_of_the_dense_step():
+    found = predicted()
+    rows, columns = found.rows(), found.columns()
+    assert [row[0] for row in rows] == [f"{r.rung.first}-{r.rung.last}" for r in found.plan.rungs] + ["dense"]
+    assert columns == ["steps", "rate", "s/step", "speed", "TFLOP/s a GPU", "layers", "loss", "choosing", "update"]
+    assert all(len(row) == len(columns) for row in rows)
+    assert (rows[0][1], rows[-1][3]) == (0.5, 1.0)
+    assert rows[0][5] < rows[-1][5]
+    assert (rows[-2][7], rows[0][7] > 0) == (0.0, True)
+
+
+def test_the_sentences_say_what_is_saved_and_from_what():
+    said = "\n".join(predicted(launch_seconds=1e-3).lines())
+    assert "100 steps take" in said
+    assert "% saved" in said
+    assert "operations alone would save" in said
+    assert "GiB on the GPU that needs most" in said
+    assert "from what NVIDIA Even 80GB was measured to do: none, commit none" in said
+
+
+def test_machines_get_plain_numbers():
+    found = predicted()
+    stored = json.loads(json.dumps(found.as_dict()))
+    assert stored["seconds"] == found.seconds
+    assert [Fraction(rung["rate"]) for rung in stored["rungs"]] == [r.rung.rate for r in found.plan.rungs]
+    assert stored["memory_bytes"]["together"] == found.memory.total
+    assert stored["dense_step"]["layers"] == found.dense.layers
+
+
+def test_the_layout_of_the_run_is_that_of_the_prediction():
+    more = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"
+    more += " --use-distributed-optimizer --overlap-grad-reduce"
+    config = run(f"{LADDER} {more} --bf16", ranks=8, machine=CUDA)
+    spread = spread_of(config, cluster=Cluster(gpu="h100", world_size=8), links=LINKS)
+    assert spread == Spread(
+        layers=(2, 2),
+        tensor=2,
+        sequence_parallel=True,
+        tensor_link=1e11,
+        data=2,
+        data_link=1e11,
+        shards_update=True,
+        overlaps_reduction=True,
+    )
+
+
+def test_sparse_reduction_is_that_of_the_run():
+    config = run(f"{LADDER} --sat-sparse-reduce --bf16", ranks=2, machine=CUDA)
+    assert spread_of(config, cluster=Cluster(gpu="h100", world_size=2), links=LINKS).sparse_reduction
+
+
+def test_replicas_on_several_hosts_use_the_network_and_someone_must_say_how_fast_it_is():
+    config = run(f"{LADDER} --bf16", ranks=4, machine=CUDA)
+    cluster = Cluster(gpu="h100", world_size=4, per_host=2)
+    with pytest.raises(ValueError, match=r"--network must say how fast 2 hosts are joined .* 4 replicas of 1 GPUs"):
+        spread_of(config, cluster=cluster, links=LINKS)
+    assert spread_of(config, cluster=cluster, links=Links(inside=1e11, across=5e9)).data_link == 5e9
+
+
+def test_context_parallelism_is_not_predicted():
+    with pytest.raises(ValueError, match="--context-parallel-size must be 1 for a prediction, got 2: .* without"):
+        predicted(f"{LADDER} --context-parallel-size 2", ranks=2)
+
+
+def test_deepspeed_is_not_predicted():
+    with pytest.raises(ValueError, match="--engine must be megatron for a prediction, got deepspeed; predict"):
+        predicted(f"{LADDER} --engine deepspeed", ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("more", "remark"),
+    [
+        (f"{LADDER} --sat-importance wanda", "choosing was measured for maxip, not for wanda"),
+        (f"{LADDER} --sat-weights gather", "layers are predicted as packed once a step; --sat-weights gather"),
+        (LADDER, "away from all that were measured (4 times in one size is 1.4): a guess; measure it with"),
+    ],
+)
+def test_what_the_prediction_does_not_know_is_said(more, remark):
+    assert any(remark in said for said in predicted(more).remarks)
+
+
+def test_a_default_run_on_one_gpu_needs_no_word_on_metrics_or_communication():
+    assert not any("choosing" in said or "communication" in said for said in predicted().remarks)
+    assert "communication is by data sheets, not measured" in predicted(ranks=2).remarks
+
+
+def test_a_layer_alone_is_that_of_a_step_without_launches():
+    config = run(f"{LADDER} --bf16", machine=CUDA)
+    shape = shape_of(config)
+    one = layer_of(config, shape=shape, rate=Fraction(1, 2), hardware=even(launch_seconds=9.0))
+    kept = kept_shape(shape, Fraction(1, 2), selection_groups=1, channel_multiple=128, gqa="group")
+    batch = Batch(micro_batch_size=2, micro_batches=1)
+    assert one == pytest.approx(
+        predict_step(shape, kept, hardware=even(), batch=batch, spread=Spread(layers=(4,))).layers / 4
+    )

@@ -1,0 +1,124 @@
+"""tools/plan.py as a user calls it: with a table measured here, without one, and beside what was measured."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import bench_layer, bench_step
+from megatron_sat.estimate.hardware import load, save
+from tests.estimate.tables import even
+from tests.helpers.command_line import LADDER, llama
+from tests.helpers.ranks import run_ranks
+from tools import plan
+
+SMALL = "--seq-length 64 --steps 1 --rates"
+
+
+def measured(_: int, folder: Path) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        layer = f"--models tiny --tokens 64 128 --vocabulary 512 {SMALL} 1/2 --weights compact"
+        files = ["--out", str(folder / "layer.json"), "--hardware", str(folder / "gemm-cpu.json")]
+        bench_layer.main([*layer.split(), *files])
+        step = f"--model tiny --layers 2 --micro-batches 2 {SMALL} 0 1/2 --out {folder / 'step.json'}"
+        bench_step.main(step.split())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of this machine, a layer and a step that it did."""
+    folder = tmp_path_factory.mktemp("measured")
+    run_ranks(measured, 1, folder)
+    return folder
+
+
+def called(*argv: object) -> int:
+    return plan.main([str(each) for each in argv])
+
+
+def test_a_run_is_predicted_from_what_this_machine_was_measured_to_do(folder, tmp_path, capsys):
+    argv = [*llama(LADDER), "--hardware", folder / "gemm-cpu.json", "--json", tmp_path / "plan.json"]
+    assert called(*argv) == 0
+    said = capsys.readouterr().out
+    assert "predicted, seconds a step and what they go to" in said
+    assert "from what CPU was measured to do: python benchmarks/" in said
+    stored = json.loads((tmp_path / "plan.json").read_text())
+    assert 0 < stored["seconds"] < 100
+    assert [rung["rate"] for rung in stored["rungs"]] == ["1/2", "2/5", "3/10", "1/5", "1/10", "0"]
+    assert stored["memory_bytes"]["together"] > 0
+
+
+def errors(file: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(file.read_text())
+    assert all(row["error"] == pytest.approx(row["predicted"] / row["measured"] - 1) for row in rows)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("layer", [f"layer of tiny, {tokens} tokens, rate {rate}" for tokens in (64, 128) for rate in ("0", "0.5")]),
+        ("step", ["step at rate 0", "step at rate 0.5"]),
+    ],
+)
+def test_a_prediction_stands_beside_what_was_measured(kind, names, folder, tmp_path, capsys):
+    found = tmp_path / "errors.json"
+    assert called("--hardware", folder / "gemm-cpu.json", "--compare", folder / f"{kind}.json", "--json", found) == 0
+    rows = errors(found)
+    assert [row["what"] for row in rows] == names
+    for row in rows:  # a core that others use, layers of a millisecond: the units are right, no more
+        assert 0.02 < row["predicted"] / row["measured"] < 10, row
+    assert "largest error" in capsys.readouterr().out
+
+
+def test_a_ladder_stands_beside_its_steps(folder, tmp_path):
+    size = json.loads((folder / "step.json").read_text())["size"]
+    records = [{"nominal_omission_rate": rate, "step_seconds": 0.1} for rate in (0.5, 0.5, 0.5, 0.0)]
+    stored = {"about": {"device": "CPU"}, "size": size, "rows": [], "runs": {"cpt": records}}
+    (tmp_path / "ladder.json").write_text(json.dumps(stored))
+    found = tmp_path / "errors.json"
+    line = ["--hardware", folder / "gemm-cpu.json", "--compare", tmp_path / "ladder.json", "--json", found]
+    assert called(*line) == 0
+    assert [row["what"] for row in errors(found)] == ["cpt: step at rate 0.5", "cpt: all 4 steps"]
+
+
+def test_a_measurement_of_another_device_is_not_compared(folder, tmp_path, capsys):
+    save(even(), tmp_path / "gemm-even.json")
+    assert called("--hardware", tmp_path / "gemm-even.json", "--compare", folder / "step.json") == 2
+    assert "--compare (CPU) must come from the device of the table (NVIDIA Even 80GB)" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_measurement_is_not_compared(folder, tmp_path, capsys):
+    (tmp_path / "x.json").write_text('{"about": {"device": "CPU"}, "rows": [{"seconds": 1.0}]}')
+    assert called("--hardware", folder / "gemm-cpu.json", "--compare", tmp_path / "x.json") == 2
+    assert "--compare must be what bench_step, bench_ladder or bench_layer wrote" in capsys.readouterr().err
+
+
+def test_without_a_table_the_command_that_makes_it_is_named(tmp_path, capsys):
+    assert called("--hardware", tmp_path / "none.json", *llama()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("plan.py: the table of measured products must be a file")
+    assert "measure this device with: python benchmarks/bench_layer.py" in said
+    assert called("--hardware", "b9000", *llama()) == 2
+    assert "there must be one table of measured products for b9000" in capsys.readouterr().err
+
+
+def test_what_the_program_refuses_is_refused_here(folder, capsys):
+    assert called("--hardware", folder / "gemm-cpu.json", *llama(without="--num-layers")) == 2
+    assert "--num-layers is required" in capsys.readouterr().err
+
+
+def test_a_cluster_is_that_of_a_dry_run_and_its_network_is_asked_for(tmp_path, capsys):
+    save(even(), tmp_path / "gemm-even.json")
+    line = ["--hardware", tmp_path / "gemm-even.json", *llama(f"{LADDER} --bf16"), "--gpu", "h100", "--world-size", 4]
+    assert called(*line, "--gpus-per-host", 2) == 2
+    assert "plan.py: --network must say how fast 2 hosts are joined" in capsys.readouterr().err
+    times = []
+    for speed in (0.1, 10):
+        assert called(*line, "--gpus-per-host", 2, "--network", speed, "--json", tmp_path / "plan.json") == 0
+        times.append(json.loads((tmp_path / "plan.json").read_text())["dense_step"]["reduction"])
+    assert times[0] == pytest.approx(100 * times[1])
+    assert load(tmp_path / "gemm-even.json").name in capsys.readouterr().out
