@@ -8,6 +8,7 @@ accelerate or with DeepSpeed's ZeRO.
 
 from typing import Any
 
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, DynamoBackend
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -112,6 +113,11 @@ def _refuse(args: TrainingArguments, *, pack: bool) -> None:
         raise ValueError(
             f"sparse training needs a process for each GPU, this one has {args.n_gpu}, which would be DataParallel's "
             f"threads; start it with torchrun --nproc-per-node {args.n_gpu}, or show it one GPU by CUDA_VISIBLE_DEVICES"
+        )
+    if dist.is_initialized() and dist.get_world_size() != args.world_size:
+        raise ValueError(
+            f"the Trainer must know of all {dist.get_world_size()} processes, it knows of {args.world_size} and would "
+            "give each the same texts; start it with torchrun; with deepspeed accelerate wants GPUs"
         )
     here = AcceleratorState()  # also knows what `accelerate launch` was told
     if here.distributed_type in _CUT_OTHERWISE or args.parallelism_config is not None:

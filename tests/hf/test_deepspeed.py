@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
@@ -14,7 +13,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tolerances import RUN_LOSS, RUN_WEIGHTS
 from tests.helpers.zero_engine import load_library, needs_deepspeed
 from tests.hf.models import chosen, ladder, make_model, make_sparse
-from tests.hf.training import Batches, logged, make_arguments, make_texts, train, written_out
+from tests.hf.training import Batches, as_a_rank, logged, make_arguments, make_texts, train, written_out
 
 STEPS, MICRO_BATCHES = 4, 2
 SCHEDULE = ladder("1/2", steps=STEPS, start=2, rungs=1)
@@ -22,13 +21,19 @@ Batch = dict[str, Tensor]
 
 
 def replica(
-    rank: int, folder: Path, stage: int | None, *, saved: Path | None = None, **selection: Any
+    rank: int,
+    folder: Path,
+    stage: int | None,
+    *,
+    saved: Path | None = None,
+    knows_gloo: bool = True,
+    **selection: Any,
 ) -> tuple[list[float], Any, list[Batch]]:
     """Losses, choices, and the micro-batches this rank was given. stage: ZeRO's, None: DDP.
 
     saved: where the model is read from, after DeepSpeed is known, so that stage 3 never has it whole.
     """
-    AcceleratorState._reset_state(reset_partial_state=True)  # a forked rank has its parent's, of one process
+    as_a_rank(knows_gloo=knows_gloo)
     changes: dict[str, Any] = {"max_steps": STEPS, "per_device_train_batch_size": 2}
     if stage is not None:
         changes |= {"deepspeed": settings_of_zero(stage), "use_cpu": False}
@@ -57,7 +62,9 @@ def together(ranks: list[Any], folder: Path, **selection: Any) -> None:
     """The ranks against one process that is given all their texts: losses, choices, and the weights they wrote."""
     assert ranks[0][:2] == ranks[1][:2]
     losses, choices, _ = ranks[0]
-    merged = [merge(*pair) for pair in zip(ranks[0][2], ranks[1][2], strict=True)]
+    pairs = list(zip(ranks[0][2], ranks[1][2], strict=True))
+    assert not any(torch.equal(one["input_ids"], other["input_ids"]) for one, other in pairs)
+    merged = [merge(*pair) for pair in pairs]
     model = make_model("qwen2")
     sparse = make_sparse(model, SCHEDULE, **selection)
     seen: list[dict[str, list[int]]] = []
@@ -75,6 +82,13 @@ def merge(one: Batch, other: Batch) -> Batch:
 
 def test_two_replicas_under_ddp_are_one_process(tmp_path: Path) -> None:
     together(run_ranks(replica, 2, tmp_path, None), tmp_path)
+
+
+@needs_deepspeed
+def test_processes_that_accelerate_does_not_know_of_are_an_error(tmp_path: Path) -> None:
+    load_library()
+    with pytest.raises(RuntimeError, match="the Trainer must know of all 2 processes, it knows of 1 and would give"):
+        run_ranks(replica, 2, tmp_path, 1, knows_gloo=False)
 
 
 ZERO = [

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -26,6 +28,21 @@ def make_texts(count: int, *, seed: int = 0, length: int = 8) -> list[dict[str, 
         labels = tokens.masked_fill(torch.arange(length) < number % (length - 2), -100)
         texts.append({"input_ids": tokens, "labels": labels})
     return texts
+
+
+def as_a_rank(*, knows_gloo: bool = True) -> None:
+    """In a forked rank: forget what accelerate knew of the parent, which was one process.
+
+    knows_gloo: with DeepSpeed accelerate knows of other processes on GPUs alone; here it takes gloo for them.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if knows_gloo:
+        backend = PartialState._prepare_backend
+
+        def prepare(self: PartialState, cpu: bool = False, *more: Any, **named: Any) -> Any:
+            return backend(self, cpu, *more, **named) if cpu else ("gloo", DistributedType.NO)
+
+        PartialState._prepare_backend = prepare  # type: ignore[method-assign]
 
 
 class Batches:

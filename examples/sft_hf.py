@@ -1,0 +1,322 @@
+#!/usr/bin/env python3
+"""Supervised fine-tuning with transformers' Trainer: full, SAT, LoRA or (IA)³, from a model's folder to another.
+
+    sft_hf.py --model DIR --data FILE.. --valid-data FILE.. --save DIR --method sat [--deepspeed FILE]
+    torchrun --nproc-per-node 8 sft_hf.py ...
+
+Instruction records (alpaca, sharegpt, messages, prompt/response; jsonl, also .gz .xz .zst) are written with the
+tokenizer's chat template; the loss is that of the responses. The defaults are the paper's fine-tuning: batch 128, three
+epochs, cosine from 1e-5, and for SAT r = .96 for the first half of the steps, dense for the second (L = 1). The
+baselines have the settings of their sources. At the end the model is saved, and DIR/report.json and the console say
+what held-out responses cost it, what time the training took, and how much memory. See docs/hf.md.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+from megatron_sat.baselines.peft import (
+    IA3_LEARNING_RATE,
+    LORA_LEARNING_RATE,
+    LORA_RANKS,
+    merged,
+    with_ia3,
+    with_lora,
+)
+from megatron_sat.data.jsonl import Lines, find_inputs
+from megatron_sat.data.sft_encode import ChatOptions, encode_examples, read
+from megatron_sat.data.sft_template import Template, build_template
+from megatron_sat.data.tokenizer import NO_TOKEN, tokenizer_of_folder
+from megatron_sat.hf import SatCallback, sparsify
+from megatron_sat.log import say
+from megatron_sat.sparsity.schedule import Schedule, ScheduleConfig, build_schedule, parse_rate
+from megatron_sat.sparsity.selector import SelectionConfig
+
+NOT_LEARNT = -100
+"""transformers' label of a token that is in no loss."""
+LEARNING_RATES = {"full": 1e-5, "sat": 1e-5, "lora": LORA_LEARNING_RATE, "ia3": IA3_LEARNING_RATE}
+SAT_ONLY: dict[str, Any] = {
+    "sat_omission_rate": Fraction(24, 25),
+    "sat_schedule_start": None,
+    "sat_rungs": 1,
+    "sat_importance": "maxip",
+    "sat_selection": "sampling",
+    "sat_temperature": 0.05,
+    "sat_selection_interval": 1,
+    "sat_gqa": "group",
+    "sat_channel_multiple": None,
+}
+"""Flags of --method sat and their defaults; start: half of the steps; multiple: 128 on a GPU, as everywhere here."""
+LORA_ONLY: dict[str, Any] = {"lora_rank": LORA_RANKS[0]}
+Example = dict[str, Tensor]
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """One fine-tuning; returns the report. Raises ValueError for what cannot be done, before the first step."""
+    args = read_flags(argv)
+    tokenizer = tokenizer_of_folder(args.model)
+    template = build_template(args.template, tokenizer=tokenizer)
+    train_set = read_examples(args.data, template=template, max_tokens=args.max_tokens, said="--data")
+    held_out = read_examples(args.valid_data, template=template, max_tokens=args.max_tokens, said="--valid-data")
+    steps = args.train_iters or args.epochs * math.ceil(len(train_set) / args.global_batch_size)
+    arguments = trainer_arguments(args, steps=steps)  # before the model: ZeRO-3 reads it in shards
+    model, callbacks = build_model(args, steps=steps)
+    fill = tokenizer.pad if tokenizer.pad != NO_TOKEN else tokenizer.eod
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=train_set,  # type: ignore[arg-type]  # whatever can be indexed
+        data_collator=lambda examples: collate(examples, fill=fill),
+        callbacks=callbacks,
+    )
+    result = trainer.train(resume_from_checkpoint=args.resume)
+    report = {
+        "method": args.method,
+        "steps": steps,
+        "examples": len(train_set),
+        "trained parameters": sum(whole_size(p) for p in model.parameters() if p.requires_grad),
+        "held-out loss": response_loss(trainer, held_out, batch=args.micro_batch_size),
+        "seconds": round(result.metrics["train_runtime"], 3),
+        "peak memory": peak_memory(),
+        "settings": {name: str(value) for name, value in vars(args).items() if value is not None},
+    }
+    save(trainer, args)
+    if trainer.is_world_process_zero():
+        (args.save / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    for name in ("held-out loss", "seconds", "peak memory"):
+        say(f"{name}: {report[name]}")
+    return report
+
+
+def build_model(args: argparse.Namespace, *, steps: int) -> tuple[Any, list[TrainerCallback]]:
+    """The model of --model, ready for the method, and what Trainer needs for it."""
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        args.model, local_files_only=True, attn_implementation=args.attention, dtype=torch.float32
+    )
+    if args.method == "sat":
+        sparse = sparsify(model, schedule=schedule(args, steps=steps), selection=selection(args))
+        return model, [SatCallback(sparse, pack=args.deepspeed is None)]
+    if args.method == "lora":
+        return with_lora(model, rank=args.lora_rank), []
+    return with_ia3(model) if args.method == "ia3" else model, []
+
+
+# -- flags
+
+
+def read_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; flags of another method are an error, those of this one have their defaults."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None, allow_abbrev=False)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a Llama, Mistral, Qwen2 or Qwen3 model")
+    parser.add_argument("--data", nargs="+", required=True, help="instruction records to learn")
+    parser.add_argument("--valid-data", nargs="+", required=True, help="instruction records to be judged by")
+    parser.add_argument("--save", type=Path, required=True, help="folder for checkpoints, the model and report.json")
+    parser.add_argument("--method", choices=tuple(LEARNING_RATES), required=True)
+    parser.add_argument("--template", default="tokenizer", help="tokenizer, alpaca, plain, or a chat template's file")
+    parser.add_argument("--max-tokens", type=int, default=2048, help="longer examples are cut off")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--train-iters", type=int, help="updates, in place of --epochs")
+    parser.add_argument("--global-batch-size", type=int, default=128, help="examples of an update")
+    parser.add_argument("--micro-batch-size", type=int, default=1, help="examples of a forward")
+    rates = ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATES.items())
+    parser.add_argument("--lr", type=float, help=f"the highest; without it {rates}")
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--attention", default="sdpa", help="transformers' attn_implementation")
+    parser.add_argument("--bf16", action="store_true", help="compute in bf16; weights stay fp32")
+    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--deepspeed", type=Path, help="DeepSpeed's configuration, passed through")
+    parser.add_argument("--save-interval", type=int, help="steps between checkpoints; none without")
+    parser.add_argument("--resume", type=str, help="a checkpoint's folder")
+    parser.add_argument("--lora-rank", type=int, help=f"the paper: {LORA_RANKS}")
+    sat = parser.add_argument_group("SAT", "as in docs/flags.md")
+    sat.add_argument("--sat-omission-rate", type=parse_rate)
+    sat.add_argument("--sat-schedule-start", type=int)
+    sat.add_argument("--sat-rungs", type=int)
+    sat.add_argument("--sat-importance")
+    sat.add_argument("--sat-selection")
+    sat.add_argument("--sat-temperature", type=float)
+    sat.add_argument("--sat-selection-interval", type=int)
+    sat.add_argument("--sat-gqa")
+    sat.add_argument("--sat-channel-multiple", type=int)
+    args = parser.parse_args(argv)
+    for method, mine in (("sat", SAT_ONLY), ("lora", LORA_ONLY)):
+        for name, default in mine.items():
+            given = getattr(args, name)
+            if given is None and args.method == method:
+                setattr(args, name, default)
+            elif given is not None and args.method != method:
+                flag = "--" + name.replace("_", "-")
+                parser.error(f"{flag} has no effect with --method {args.method}, got {given}; leave it out")
+    args.lr = LEARNING_RATES[args.method] if args.lr is None else args.lr
+    return args
+
+
+def schedule(args: argparse.Namespace, *, steps: int) -> Schedule:
+    """The ladder over ``steps`` steps."""
+    start = steps // 2 if args.sat_schedule_start is None else args.sat_schedule_start
+    return build_schedule(
+        ScheduleConfig(
+            kind="ladder",
+            omission_rate=args.sat_omission_rate,
+            start=start,
+            rungs=args.sat_rungs,
+            train_iters=steps,
+        )
+    )
+
+
+def selection(args: argparse.Namespace) -> SelectionConfig:
+    """How neurons are chosen."""
+    multiple = args.sat_channel_multiple
+    return SelectionConfig(
+        importance=args.sat_importance,
+        selection=args.sat_selection,
+        temperature=args.sat_temperature,
+        selection_interval=args.sat_selection_interval,
+        gqa=args.sat_gqa,
+        channel_multiple=multiple if multiple is not None else 128 if torch.cuda.is_available() else 1,
+        seed=args.seed,
+    )
+
+
+def trainer_arguments(args: argparse.Namespace, *, steps: int) -> TrainingArguments:
+    """Trainer's settings. Raises ValueError where the batches do not divide."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    together = args.micro_batch_size * world
+    if args.global_batch_size % together:
+        raise ValueError(
+            f"--global-batch-size ({args.global_batch_size}) must be a multiple of --micro-batch-size times the "
+            f"processes ({args.micro_batch_size} x {world}); try {-(-args.global_batch_size // together) * together}"
+        )
+    arguments = TrainingArguments(
+        str(args.save),
+        max_steps=steps,
+        per_device_train_batch_size=args.micro_batch_size,
+        gradient_accumulation_steps=args.global_batch_size // together,
+        learning_rate=args.lr,
+        lr_scheduler_type="cosine",
+        gradient_checkpointing=args.recompute,
+        bf16=args.bf16,
+        seed=args.seed,
+        deepspeed=None if args.deepspeed is None else str(args.deepspeed),
+        save_strategy="no" if args.save_interval is None else "steps",
+        save_steps=args.save_interval or 1,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=not torch.cuda.is_available() and args.deepspeed is None,  # it would switch DeepSpeed off
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    if arguments.world_size != world:
+        raise ValueError(
+            f"--deepspeed must have a GPU for each of the {world} processes, accelerate knows of "
+            f"{arguments.world_size}; leave it out, and DDP is used, on a CPU too"
+        )
+    return arguments
+
+
+# -- data
+
+
+def read_examples(files: Sequence[str], *, template: Template, max_tokens: int, said: str) -> list[Example]:
+    """Every record as {"input_ids": [s], "labels": [s]}. Raises ValueError that names file and line."""
+    examples: list[Example] = []
+    for path in find_inputs(files, said=said):
+        encoded = encode_examples(list(Lines(path)), template=template, options=ChatOptions(max_tokens=max_tokens))
+        if encoded.error is not None:
+            number, problem = encoded.error
+            raise ValueError(f"{path}, line {number + 1}, must be an instruction record, it is {problem}; mend it")
+        for stored in torch.from_numpy(encoded.tokens).split(encoded.lengths.tolist()):
+            ids, learnt = (torch.from_numpy(found) for found in read(stored.numpy()))
+            examples.append({"input_ids": ids, "labels": ids.masked_fill(~learnt, NOT_LEARNT)})
+    if not examples:
+        raise ValueError(f"{said} must hold at least one example with a response, it holds none; check the files")
+    return examples
+
+
+def collate(examples: Sequence[Example], *, fill: int) -> Example:
+    """[b, s] of the longest example's length; filling is masked out and in no loss."""
+    ids = pad_sequence([example["input_ids"] for example in examples], batch_first=True, padding_value=fill)
+    labels = pad_sequence([example["labels"] for example in examples], batch_first=True, padding_value=NOT_LEARNT)
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    mask = torch.arange(ids.size(1)) < lengths[:, None]
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask.long()}
+
+
+# -- what came of it
+
+
+@torch.no_grad()
+def response_loss(trainer: Trainer, examples: Sequence[Example], *, batch: int) -> float:
+    """Nats a response token over all examples, which the processes share; each makes as many forwards."""
+    model, device = trainer.model_wrapped, trainer.args.device
+    model.eval()
+    rank, world = trainer.args.process_index, trainer.args.world_size
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for first in range(0, math.ceil(len(examples) / world), batch):
+        mine = range(first * world + rank, (first + batch) * world, world)
+        found = [examples[number] for number in mine if number < len(examples)]
+        inputs = collate(found or examples[:1], fill=0)
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        labels = inputs.pop("labels")[:, 1:]
+        with trainer.compute_loss_context_manager():
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+        if found:  # else only the others needed this forward
+            lost = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+            sums += torch.stack([lost.double(), (labels != NOT_LEARNT).sum().double()])
+    if world > 1:
+        dist.all_reduce(sums)
+    return float(sums[0] / sums[1])
+
+
+def whole_size(parameter: Tensor) -> int:
+    """Entries of a parameter, also where ZeRO-3 has left a shard of it here."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def peak_memory() -> str:
+    """The most this process has held: on its GPU, or, without one, in the machine's memory."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory"
+
+
+def save(trainer: Trainer, args: argparse.Namespace) -> None:
+    """The model and its tokenizer in --save; of LoRA and (IA)³ the learned part in adapter/, and merged the model."""
+    library = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    model: Any = trainer.model
+    if args.method in ("full", "sat"):
+        trainer.save_model(str(args.save))
+    else:
+        trainer.save_model(str(args.save / "adapter"))
+        if any(hasattr(parameter, "ds_shape") for parameter in model.parameters()):
+            say("the model lies in shards: merge the adapter with peft's merge_and_unload after loading both")
+            return
+        if trainer.is_world_process_zero():
+            plain: Any = merged(model)
+            plain.save_pretrained(args.save)
+    if trainer.is_world_process_zero():
+        library.save_pretrained(args.save)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"sft_hf: {error}")

@@ -1,0 +1,191 @@
+"""examples/sft_hf.py with each method, on a tiny model and a few records."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from examples.sft_hf import NOT_LEARNT, collate, main, read_examples
+from megatron_sat.data.sft_template import build_template
+from megatron_sat.data.tokenizer import tokenizer_of_folder
+from tests.data.test_sft_template import CHATML, save_folder
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tolerances import RUN_LOSS
+from tests.helpers.zero_engine import load_library, needs_deepspeed
+from tests.hf.training import as_a_rank
+
+RECORDS: list[dict[str, Any]] = [
+    {"instruction": "who", "input": "in my soul", "output": "Ishmael"},
+    {"messages": [{"role": "user", "content": "who is"}, {"role": "assistant", "content": "my soul"}]},
+    {"prompt": "soul", "response": "who is Ishmael in my soul"},
+    {"conversations": [{"from": "human", "value": "is"}, {"from": "gpt", "value": "in"}]},
+    {"instruction": "in my", "output": "soul soul"},
+]
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a model (in model/), train.jsonl and dev.jsonl."""
+    save_folder(tmp_path / "model", CHATML)
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=320, num_key_value_heads=2, **SIZES)).save_pretrained(tmp_path / "model")
+    write(tmp_path / "train.jsonl", RECORDS)
+    write(tmp_path / "dev.jsonl", RECORDS[:3])
+    return tmp_path
+
+
+def write(path: Path, records: list[Any]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def flags(place: Path, method: str, *more: str, batch: int = 2) -> list[str]:
+    found = ["--model", str(place / "model"), "--data", str(place / "train.jsonl")]
+    found += ["--valid-data", str(place / "dev.jsonl"), "--save", str(place / "out"), "--method", method]
+    return [*found, "--global-batch-size", str(batch), "--lr", "5e-3", *more]
+
+
+def literal_loss(model: Any, place: Path) -> float:
+    """Each held-out record alone, its responses' tokens one by one."""
+    template = build_template("tokenizer", tokenizer=tokenizer_of_folder(place / "model"))
+    lost, count = 0.0, 0
+    for example in read_examples([str(place / "dev.jsonl")], template=template, max_tokens=2048, said="--data"):
+        with torch.no_grad():
+            likely = F.log_softmax(model.eval()(example["input_ids"][None]).logits[0].double(), dim=-1)
+        for at in range(1, len(example["labels"])):
+            if example["labels"][at] != NOT_LEARNT:
+                lost -= likely[at - 1, example["labels"][at]].item()
+                count += 1
+    return lost / count
+
+
+@pytest.mark.parametrize("method", ["full", "sat", "lora", "ia3"])
+def test_a_method_trains_and_leaves_a_plain_model_and_its_report(method: str, place: Path) -> None:
+    before = literal_loss(AutoModelForCausalLM.from_pretrained(place / "model"), place)
+    report = main(flags(place, method))
+    trained = AutoModelForCausalLM.from_pretrained(place / "out")
+    assert json.loads((place / "out" / "report.json").read_text()) == report
+    assert report["held-out loss"] == pytest.approx(literal_loss(trained, place), rel=1e-5)
+    assert report["held-out loss"] < before - (0.1 if method in ("full", "sat") else 0.001)
+    assert report["steps"] == 3 * math.ceil(len(RECORDS) / 2)
+    assert (report["trained parameters"] == sum(p.numel() for p in trained.parameters())) is (
+        method in ("full", "sat")
+    )
+    assert "memory" in report["peak memory"] and report["seconds"] > 0
+    assert AutoTokenizer.from_pretrained(place / "out").chat_template == CHATML
+    assert list(trained.state_dict()) == list(AutoModelForCausalLM.from_pretrained(place / "model").state_dict())
+
+
+def test_the_methods_are_different_trainings(place: Path) -> None:
+    """The negative control; and rate 0 is full fine-tuning."""
+    losses = {}
+    for name, method in {"full": "full", "sat": "sat", "dense": "sat", "lora": "lora"}.items():
+        more = ["--sat-omission-rate", "0"] if name == "dense" else []
+        losses[name] = main(flags(place, method, *more))["held-out loss"]
+    assert losses["dense"] == losses["full"]
+    assert len(set(losses.values())) == 3
+
+
+def test_only_responses_and_their_end_are_learnt(place: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    template = build_template("tokenizer", tokenizer=tokenizer_of_folder(place / "model"))
+    examples = read_examples([str(place / "train.jsonl")], template=template, max_tokens=2048, said="--data")
+    learnt = [tokenizer.decode(example["labels"][example["labels"] != NOT_LEARNT]) for example in examples]
+    assert learnt == [
+        f"{text}<|im_end|>" for text in ("Ishmael", "my soul", "who is Ishmael in my soul", "in", "soul soul")
+    ]
+
+
+def test_a_batch_is_filled_up_where_nothing_is_learnt_or_seen() -> None:
+    short = {"input_ids": torch.tensor([5, 6]), "labels": torch.tensor([-100, 6])}
+    long = {"input_ids": torch.tensor([7, 8, 9]), "labels": torch.tensor([-100, -100, 9])}
+    batch = collate([short, long], fill=3)
+    assert batch["input_ids"].tolist() == [[5, 6, 3], [7, 8, 9]]
+    assert batch["labels"].tolist() == [[-100, 6, -100], [-100, -100, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+def test_a_longer_example_is_cut_off(place: Path) -> None:
+    template = build_template("tokenizer", tokenizer=tokenizer_of_folder(place / "model"))
+
+    def lengths(most: int) -> list[int]:
+        found = read_examples([str(place / "train.jsonl")], template=template, max_tokens=most, said="--data")
+        return [len(example["input_ids"]) for example in found]
+
+    whole = lengths(2048)
+    assert lengths(max(whole) - 1) == [min(length, max(whole) - 1) for length in whole]
+
+
+def rank_of_two(rank: int, argv: list[str], *, knows_gloo: bool = True) -> dict[str, Any]:
+    as_a_rank(knows_gloo=knows_gloo)
+    return main(argv)
+
+
+def test_two_processes_report_the_loss_of_all_held_out_records(place: Path) -> None:
+    """Three records for two processes: one of them has a forward of its own less."""
+    reports = run_ranks(rank_of_two, 2, flags(place, "sat"))
+    trained = AutoModelForCausalLM.from_pretrained(place / "out")
+    assert reports[0]["held-out loss"] == reports[1]["held-out loss"]
+    assert reports[0]["held-out loss"] == pytest.approx(literal_loss(trained, place), rel=1e-5)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("method", ["sat", pytest.param("lora", marks=pytest.mark.slow)])
+def test_zero_3_trains_and_reports_the_same(method: str, place: Path) -> None:
+    load_library()
+    zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    (place / "zero.json").write_text(json.dumps({"zero_optimization": zero} | dict.fromkeys(auto, "auto")))
+    more = ["--train-iters", "4"]
+    with_zero = run_ranks(rank_of_two, 2, flags(place, method, *more, "--deepspeed", str(place / "zero.json")))
+    (place / "out").rename(place / "out of shards")
+    assert (place / "out of shards" / ("model.safetensors" if method == "sat" else "adapter")).exists()
+    without = run_ranks(rank_of_two, 2, flags(place, method, *more))
+    assert with_zero[0]["held-out loss"] == pytest.approx(without[0]["held-out loss"], rel=RUN_LOSS["rtol"])
+    assert with_zero[0]["trained parameters"] == without[0]["trained parameters"]
+
+
+@needs_deepspeed
+def test_deepspeed_on_processes_that_accelerate_does_not_know_of_is_an_error(place: Path) -> None:
+    load_library()
+    (place / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    argv = flags(place, "full", "--deepspeed", str(place / "zero.json"))
+    with pytest.raises(RuntimeError, match="--deepspeed must have a GPU for each of the 2 processes, .* knows of 1;"):
+        run_ranks(rank_of_two, 2, argv, knows_gloo=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "said"),
+    [
+        ("full", ["--sat-rungs", "2"], "--sat-rungs has no effect with --method full, got 2; leave it out"),
+        ("sat", ["--lora-rank", "8"], "--lora-rank has no effect with --method sat, got 8; leave it out"),
+    ],
+)
+def test_a_flag_of_another_method_is_an_error(
+    method: str, more: list[str], said: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(flags(place, method, *more))
+    assert said in capsys.readouterr().err
+
+
+def test_a_batch_that_does_not_divide_is_an_error(place: Path) -> None:
+    with pytest.raises(ValueError, match=r"--global-batch-size \(3\) must be a multiple of .* \(2 x 1\); try 4"):
+        main(flags(place, "full", "--micro-batch-size", "2", batch=3))
+
+
+def test_a_line_that_is_no_record_is_named(place: Path) -> None:
+    write(place / "train.jsonl", [RECORDS[0], {"text": "Call me"}])
+    with pytest.raises(ValueError, match="train.jsonl, line 2, must be an instruction record, it is fields of no"):
+        main(flags(place, "full"))
+
+
+def test_files_without_a_response_are_an_error(place: Path) -> None:
+    write(place / "dev.jsonl", [{"instruction": "who", "output": ""}])
+    with pytest.raises(ValueError, match="--valid-data must hold at least one example with a response, it holds none"):
+        main(flags(place, "full"))
