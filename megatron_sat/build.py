@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_sat import faults, log
 from megatron_sat.config import Config
 from megatron_sat.data.blend import Datasets, build_datasets
-from megatron_sat.data.survey import epochs_per_domain
+from megatron_sat.data.sft import build_windows
 from megatron_sat.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_sat.distributed import Layout, initialize_model_parallel
 from megatron_sat.engines import deepspeed, foreach
@@ -28,6 +28,7 @@ from megatron_sat.layers import compiled, fused, rope
 from megatron_sat.layers.attach import attach_selectors
 from megatron_sat.layers.available import in_use
 from megatron_sat.layers.graphed import record_layers
+from megatron_sat.layers.packed import leave_padding_out
 from megatron_sat.layers.recording import GpuRecorder, RerunRecorder
 from megatron_sat.model.builder import build_chunks, embedding_of
 from megatron_sat.model.flops import ModelShape, Recompute, choice_flops, shape_of
@@ -80,7 +81,10 @@ def build_run(config: Config) -> Run:
     )
     tokenizer = build_tokenizer(config.tokenizer.kind, model=config.tokenizer.model, vocab_size=config.model.vocab_size)
     samples = config.training.train_iters * config.training.global_batch_size
-    datasets = build_datasets(config.data, tokenizer=tokenizer, train_samples=samples)
+    if config.sft is None:
+        datasets = build_datasets(config.data, tokenizer=tokenizer, train_samples=samples)
+    else:
+        datasets = build_windows(config.data, sft=config.sft, tokenizer=tokenizer, train_samples=samples)
     if datasets.train is None:
         raise ValueError(
             f"training needs text, got text for evaluation alone (--split {config.data.split}); "
@@ -92,6 +96,8 @@ def build_run(config: Config) -> Run:
     rows = _new_rows(config, chunks, tokenizer=tokenizer, layout=layout)
     on_deepspeed = config.engine == "deepspeed"
     attach_selectors(chunks, config=config.selection, layout=layout, whole=whole_weight if on_deepspeed else None)
+    if config.sft is not None:
+        leave_padding_out(chunks, layout=layout)
     engine = _engine(config, chunks, transformer=transformer, layout=layout)
     if rows is not None:
         train_only(rows, chunks=engine.chunks, hold=engine.hold)
@@ -105,7 +111,6 @@ def build_run(config: Config) -> Run:
         assert isinstance(engine, MegatronEngine), "the flags refuse it on another engine"
         engine.reduce_only(controller.filled_entries)
     shape = shape_of(transformer, padded_vocab_size=embedding.padded_vocab_size, seq_length=config.model.seq_length)
-    epochs = epochs_per_domain(datasets.survey.train, samples=samples, seq_length=config.model.seq_length)
     return Run(
         config=config,
         layout=layout,
@@ -115,7 +120,7 @@ def build_run(config: Config) -> Run:
         engine=engine,
         controller=controller,
         shape=shape,
-        plan=plan_of(config, shape=shape, epochs=epochs),
+        plan=plan_of(config, shape=shape, epochs=datasets.epochs),
         new_rows=rows,
     )
 

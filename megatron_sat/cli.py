@@ -17,6 +17,7 @@ import yaml
 from megatron_sat.config import Config, compose
 from megatron_sat.flags.defaults import Machine, look_at_machine
 from megatron_sat.flags.flag import Flag, Settings
+from megatron_sat.flags.presets import fill_in
 from megatron_sat.flags.refused import NEUTRAL
 from megatron_sat.flags.table import complaint, table
 
@@ -47,7 +48,7 @@ def parse(
         _exit(0, help_text(), speaks=speaks)
     try:
         given, print_config = _given(argv)
-        config = compose(given, machine=machine or look_at_machine(cuda=cuda), world_size=world_size)
+        config = compose(fill_in(given), machine=machine or look_at_machine(cuda=cuda), world_size=world_size)
     except ValueError as error:
         _exit(USAGE_ERROR, f"error: {' '.join(str(error).split())}", speaks=speaks)
     if print_config:

@@ -18,12 +18,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.init import xavier_uniform_
 
 from megatron_sat.data.blend import DataConfig
+from megatron_sat.data.sft import SFTConfig
 from megatron_sat.engines.optim import LearningRateConfig
 from megatron_sat.flags.checks import check, prerequisites
 from megatron_sat.flags.deepspeed import deepspeed_settings
 from megatron_sat.flags.defaults import Machine, data_parallel_size, resolve
 from megatron_sat.flags.effects import refuse_idle, remarks, without_effect
 from megatron_sat.flags.fields import DTYPES, keywords
+from megatron_sat.flags.finetuning import sft_config
 from megatron_sat.flags.flag import Settings
 from megatron_sat.flags.safety import check_bad_steps
 from megatron_sat.flags.table import table
@@ -102,6 +104,8 @@ class Config:
     logging: LoggingConfig
     tokenizer: TokenizerConfig
     data: DataConfig
+    sft: SFTConfig | None
+    """How instruction data become samples; None: the run trains on text."""
     schedule: ScheduleConfig
     selection: SelectionConfig
     weights: str
@@ -144,6 +148,7 @@ def compose(given: Settings, *, machine: Machine, world_size: int) -> Config:
         logging=LoggingConfig(**_named(LoggingConfig, settings)),
         tokenizer=TokenizerConfig(kind=settings["tokenizer_type"], model=settings["tokenizer_model"]),
         data=_data(settings),
+        sft=sft_config(settings),
         schedule=_schedule(settings, training=training),
         selection=SelectionConfig(**_named(SelectionConfig, settings, prefix="sat_")),
         weights=settings["sat_weights"],

@@ -138,6 +138,20 @@ def updates_of_epochs(config: DataConfig, *, sft: SFTConfig, epochs: int, global
     return samples // global_batch_size
 
 
+def count_epochs(config: DataConfig, *, sft: SFTConfig, tokenizer: Tokenizer, train_samples: int) -> dict[str, float]:
+    """By domain, how often ``train_samples`` samples are its examples. See `find_material`."""
+    material = find_material(config, sft=sft, tokenizer=tokenizer)
+    return _epochs(material, config=config, sft=sft, samples=train_samples)[1]
+
+
+def _epochs(
+    material: Material, *, config: DataConfig, sft: SFTConfig, samples: int
+) -> tuple[Epochs, dict[str, float]]:
+    """As many epochs as hold so many samples, and by domain how many of them those are."""
+    made = make_epochs(material, config=config, sft=sft, enough=lambda e: sum(map(len, e)) >= samples)
+    return made, dict.fromkeys((each.name for each in material.train), epochs_seen(made, samples=samples))
+
+
 def epochs_seen(epochs: Epochs, *, samples: int) -> float:
     """How many epochs the first ``samples`` windows are."""
     seen = 0.0
@@ -164,11 +178,11 @@ def build_windows(config: DataConfig, *, sft: SFTConfig, tokenizer: Tokenizer, t
             for each in domains
         }
 
-    train, epochs = None, {}
+    train: Windows | None = None
+    epochs: dict[str, float] = {}
     if material.train and train_samples > 0:
-        made = make_epochs(material, config=config, sft=sft, enough=lambda e: sum(map(len, e)) >= train_samples)
+        made, epochs = _epochs(material, config=config, sft=sft, samples=train_samples)
         train = windows(material.train, [window for epoch in made for window in epoch])
-        epochs = dict.fromkeys((each.name for each in material.train), epochs_seen(made, samples=train_samples))
         say(_introduce(material, epoch=made[0], seq_length=config.seq_length))
     return Datasets(
         train=train,

@@ -71,6 +71,8 @@ def resolve(given: Settings, *, machine: Machine, world_size: int) -> dict[str, 
     _precision(settings)
     _batch(settings, world_size=world_size)
     _method(settings, machine=machine)
+    if settings["sft"] and given.get("calculate_per_token_loss") is None:
+        settings["calculate_per_token_loss"] = True  # responses are of many lengths: each of their tokens counts alike
     return settings
 
 

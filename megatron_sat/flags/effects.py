@@ -41,7 +41,7 @@ def against_layer_graphs(settings: Settings) -> list[str]:
     others = ("recompute_granularity", "overlap_param_gather", "add_bias_linear", "add_qkv_bias", "cpu_offloading")
     found = [key for key in sizes if settings[key] > 1]
     found += [key for key in ("hidden_dropout", "attention_dropout") if settings[key] > 0]
-    found += [key for key in others if settings[key]]
+    found += [key for key in (*others, "sft") if settings[key]]
     return found if settings["gradient_accumulation_fusion"] else [*found, "gradient_accumulation_fusion"]
 
 
@@ -101,12 +101,22 @@ METHOD: tuple[Rule, ...] = (
         idle=lambda s: not s["exit_signal_handler"],
         beside="without --exit-signal-handler",
     ),
+    Rule(
+        keys="train_epochs sft_packing sft_too_long",
+        idle=lambda s: not s["sft"],
+        beside="without --sft, which finetune_sat.py says",
+    ),
+    Rule(
+        keys="replay_data_path replay_share index_timeout_minutes",
+        idle=lambda s: s["sft"],
+        beside="with --sft, which reads every example once an epoch",
+    ),
     Rule(keys="preflight_timeout", idle=lambda s: s["preflight"] is False, beside="with --no-preflight"),
     Rule(keys="max_bad_steps", idle=lambda s: s["on_bad_step"] == "stop", beside="with --on-bad-step stop"),
     Rule(
         keys="layer_graphs",
         idle=lambda s: s["layer_graphs"] and bool(against_layer_graphs(s)),
-        beside="with pipeline or context parallelism, recomputation, dropout, biases, or --overlap-param-gather",
+        beside="with pipeline or context parallelism, recomputation, dropout, biases, --overlap-param-gather or --sft",
     ),
 )
 """The method's settings, and this program's own."""
@@ -206,6 +216,11 @@ MEGATRON: tuple[Rule, ...] = (
         keys="store_param_remainders",
         idle=lambda s: not s["use_precision_aware_optimizer"],
         beside="without --use-precision-aware-optimizer",
+    ),
+    Rule(
+        keys="eod_mask_loss data_cache_path mmap_bin_files mid_level_dataset_surplus",
+        idle=lambda s: s["sft"],
+        beside="with --sft, whose samples are whole examples",
     ),
     Rule(keys="exit_signal", idle=lambda s: not s["exit_signal_handler"], beside="without --exit-signal-handler"),
     Rule(keys="save_*", idle=lambda s: s["save"] is None, beside="without --save"),

@@ -165,7 +165,7 @@ REASONS: tuple[tuple[str, str], ...] = (
         _TOKENIZER,
         """vocab-file merge-file vocab-extra-ids tokenizer-metadata tokenizer-special-tokens
         tokenizer-sentencepiece-legacy tokenizer-hf-* tiktoken-special-tokens trust-remote-code
-        null-tokenizer-* no-tokenizer-* disable-tokenizer-* chat-template sft*
+        null-tokenizer-* no-tokenizer-* disable-tokenizer-* chat-template sft-*
         allow-ambiguous-pad-tokens""",
     ),
     (

@@ -1,6 +1,8 @@
 """The settings of the method, and of this program: names that Megatron-LM has not."""
 
+from megatron_sat.flags.finetuning import FINETUNING
 from megatron_sat.flags.flag import Flag, option, switch
+from megatron_sat.flags.presets import PRESET
 from megatron_sat.sparsity.importance import METRICS
 from megatron_sat.sparsity.schedule import KINDS
 from megatron_sat.training.guard import POLICIES
@@ -114,11 +116,12 @@ PARALLEL: tuple[Flag, ...] = (
 )
 
 SECTIONS: dict[str, tuple[Flag, ...]] = {
-    "sparsity": METHOD,
+    "sparsity": (*PRESET, *METHOD),
     "data": DATA,
     "checkpoint": CHECKPOINT,
     "logging": LOGGING,
     "training": TRAINING,
     "parallel": PARALLEL,
+    "finetuning": FINETUNING,
 }
 """Headline of the printed configuration to its settings."""

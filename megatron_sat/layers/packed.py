@@ -1,8 +1,8 @@
 """Windows that hold several sequences and padding: who may look at whom, and which tokens count.
 
-What says so comes to the model as its attention mask, in a form of ours, the *bounds*: i32 [2, n + 1], the windows of
-a micro-batch [b, s] laid end to end. Row 0: where each of the n sequences begins, and at last b s. Row 1: 1 where it is an
-example, 0 where it is padding. Any other mask means: each window is one sequence.
+What says so comes to the model as its attention mask, in a form of ours, the *bounds*: i32 [2, n + 1], the windows
+of a micro-batch [b, s] laid end to end. Row 0: where each of the n sequences begins, and at last b s. Row 1: 1 where
+it is an example, 0 where it is padding. Any other mask means: each window is one sequence.
 
 Rotary positions need no new beginning: a score depends on the distance of two positions alone.
 """

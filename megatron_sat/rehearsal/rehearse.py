@@ -20,6 +20,7 @@ from megatron_sat.config import Config
 from megatron_sat.data.blend import survey_data
 from megatron_sat.data.domains import parse_domains
 from megatron_sat.data.index_file import bin_path, idx_path
+from megatron_sat.data.sft import count_epochs
 from megatron_sat.data.survey import epochs_per_domain
 from megatron_sat.data.tokenizer import build_tokenizer
 from megatron_sat.engines.zero_settings import offloads
@@ -274,8 +275,11 @@ def _epochs(config: Config) -> dict[str, float]:
     if not all(each.there for each in paths(config) if each.setting != "--load"):
         return {}
     kind, model, vocab_size = config.tokenizer.kind, config.tokenizer.model, config.model.vocab_size
-    survey = survey_data(config.data, tokenizer=build_tokenizer(kind, model=model, vocab_size=vocab_size))
+    tokenizer = build_tokenizer(kind, model=model, vocab_size=vocab_size)
     samples = config.training.train_iters * config.training.global_batch_size
+    if config.sft is not None:
+        return count_epochs(config.data, sft=config.sft, tokenizer=tokenizer, train_samples=samples)
+    survey = survey_data(config.data, tokenizer=tokenizer)
     return epochs_per_domain(survey.train, samples=samples, seq_length=config.model.seq_length)
 
 
