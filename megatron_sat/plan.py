@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_sat import log
 from megatron_sat.model.flops import KeptShape, ModelShape, Recompute, kept_shape, step_flops, whole
@@ -18,6 +18,7 @@ from megatron_sat.sparsity.schedule import Rung, Schedule
 
 MAX_ROWS = 12
 """Rows of the table. Linear and cosine schedules have a rung a step; their neighbours are shown together."""
+_Any = TypeVar("_Any")
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
@@ -105,20 +106,20 @@ class Plan:
 
     def rows(self) -> list[list[object]]:
         """The table, at most `MAX_ROWS` rows of what `columns` names."""
-        return [self._row(stretch) for stretch in _stretches(self.rungs)]
+        return [self._row(stretch) for stretch in stretches(self.rungs)]
 
     def _row(self, stretch: Sequence[PlannedRung]) -> list[object]:
         first, last = stretch[0], stretch[-1]
         steps = sum(planned.rung.steps for planned in stretch)
         mean = sum(planned.rung.steps * planned.flops for planned in stretch) / steps
-        heads = _span(first.kept.heads, last.kept.heads)
-        channels = _span(first.kept.channels, last.kept.channels)
+        heads = span(first.kept.heads, last.kept.heads)
+        channels = span(first.kept.channels, last.kept.channels)
         return [
             f"{first.rung.first}-{last.rung.last}",
             steps,
-            _span(first.rung.rate, last.rung.rate),
-            f"{heads} ({_span(first.heads_omitted, last.heads_omitted)})",
-            f"{channels} ({_span(first.channels_omitted, last.channels_omitted)})",
+            span(first.rung.rate, last.rung.rate),
+            f"{heads} ({span(first.heads_omitted, last.heads_omitted)})",
+            f"{channels} ({span(first.channels_omitted, last.channels_omitted)})",
             f"{mean / 1000 ** _thousands(self.dense_step_flops):.4g}",
             f"{mean / self.dense_step_flops:.3f}",
         ]
@@ -280,8 +281,11 @@ def _rates(rungs: Sequence[PlannedRung]) -> str:
     return "rates " + ", ".join(_text(planned.rung.rate) for planned in rungs)
 
 
-def _stretches(rungs: Sequence[PlannedRung]) -> list[Sequence[PlannedRung]]:
-    """A rung a row; of too many, the first alone (it may be most of the run), the others in equal parts."""
+def stretches(rungs: Sequence[_Any]) -> list[Sequence[_Any]]:
+    """Rungs (or whatever there is one of for each) by rows: one a row.
+
+    Of too many, the first alone (it may be most of the run), the others in equal parts.
+    """
     if len(rungs) <= MAX_ROWS:
         return [[planned] for planned in rungs]
     size = math.ceil((len(rungs) - 1) / (MAX_ROWS - 1))
@@ -314,7 +318,8 @@ def _text(value: Fraction | int) -> str:
     return str(value) if isinstance(value, int) else f"{float(value):.3g}"
 
 
-def _span(first: Fraction | int, last: Fraction | int) -> str:
+def span(first: Fraction | int, last: Fraction | int) -> str:
+    """Both ends of a row's values, or the one value that it has."""
     return _text(first) if first == last else f"{_text(first)} to {_text(last)}"
 
 

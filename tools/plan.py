@@ -85,7 +85,8 @@ def _predict(args: argparse.Namespace, rest: Sequence[str], *, hardware: Hardwar
     links = Links(inside=cluster.kind.nvlink / 2, across=None if args.network is None else 1e9 * args.network)
     found = forecast(config, shape=_shape(config), hardware=hardware, cluster=cluster, links=links)
     plan.show(found.plan)
-    log.table("predicted, seconds a step and what they go to", found.columns(), found.rows())
+    log.table("predicted", found.columns(), found.rows())
+    log.table("what a step goes to, ms", ("part", "dense", "first rung"), found.parts())
     for sentence in found.lines():
         log.say(sentence)
     if args.json is not None:
@@ -134,7 +135,8 @@ def _steps(config: Config, *, hardware: Hardware) -> Any:
 
     def predict(rate: Fraction) -> float:
         kept = kept_of(config, shape=shape, rate=rate)
-        return step_of(config, shape=shape, kept=kept, hardware=hardware, spread=spread).seconds
+        graphs = config.layer_graphs
+        return step_of(config, shape=shape, kept=kept, hardware=hardware, spread=spread, graphs=graphs).seconds
 
     return predict
 

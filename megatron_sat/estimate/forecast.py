@@ -6,6 +6,7 @@ Put together from a resolved configuration, its plan, and what one device was me
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 from megatron_sat.build import plan_of, recompute_of
@@ -13,13 +14,15 @@ from megatron_sat.config import Config
 from megatron_sat.estimate.hardware import FAR, Hardware
 from megatron_sat.estimate.step import Batch, Spread, StepTime, layer_seconds, predict_step
 from megatron_sat.model.flops import NO_RECOMPUTE, KeptShape, ModelShape, kept_shape
-from megatron_sat.plan import Plan, PlannedRung
+from megatron_sat.plan import Plan, PlannedRung, span, stretches
 from megatron_sat.rehearsal.cluster import Cluster
 from megatron_sat.rehearsal.memory import GIB, Memory
 from megatron_sat.rehearsal.rehearse import layers_by_rank, memory_of
 
 MEASURED_IMPORTANCE = "maxip"
 """The metric whose choosing `benchmarks/bench_layer.py` times: the program's default."""
+WORTH_SAYING = 0.02
+"""Of a run's time: what --layer-graphs must save to be named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,25 +66,30 @@ class Forecast:
         return 1 - self.seconds / self.dense_seconds
 
     def columns(self) -> list[str]:
-        """Heads of the table: a rung's steps and rate, a step's seconds, what they go to."""
-        names = [name for name, seconds in self.dense.parts().items() if seconds or name == "choosing"]
-        return ["steps", "rate", "s/step", "speed", "TFLOP/s a GPU", *names]
+        """Heads of the table of rungs."""
+        return ["steps", "rate", "s/step", "speed", "TFLOP/s a GPU"]
 
     def rows(self) -> list[list[object]]:
-        """A row a rung, the dense step last."""
-        names = self.columns()[5:]
-        found = [self._row(each.planned, each.step, names) for each in self.rungs]
-        dense = ["dense", 0.0, round(self.dense.seconds, 4), 1.0, self._rate(self.plan.dense_step_flops, self.dense)]
-        return [*found, [*dense, *(round(self.dense.parts()[name], 4) for name in names)]]
+        """A row a rung (of too many, a row a stretch of them, with the mean of its steps), the dense step last."""
+        dense = self._figures(self.dense.seconds, flops=self.plan.dense_step_flops)
+        return [*(self._row(stretch) for stretch in stretches(self.rungs)), ["dense", "0", *dense]]
 
-    def _row(self, planned: PlannedRung, step: StepTime, names: Sequence[str]) -> list[object]:
-        steps = f"{planned.rung.first}-{planned.rung.last}"
-        figures = [round(float(planned.rung.rate), 4), round(step.seconds, 4)]
-        figures += [round(self.dense.seconds / step.seconds, 3), self._rate(planned.flops, step)]
-        return [steps, *figures, *(round(step.parts()[name], 4) for name in names)]
+    def _row(self, stretch: Sequence[RungTime]) -> list[object]:
+        first, last = stretch[0].planned.rung, stretch[-1].planned.rung
+        steps = sum(each.planned.rung.steps for each in stretch)
+        flops = sum(each.planned.rung.steps * each.planned.flops for each in stretch) / steps
+        figures = self._figures(sum(each.seconds for each in stretch) / steps, flops=flops)
+        return [f"{first.first}-{last.last}", span(first.rate, last.rate), *figures]
 
-    def _rate(self, flops: int, step: StepTime) -> float:
-        return round(flops / step.seconds / self.world_size / 1e12, 1)
+    def _figures(self, seconds: float, *, flops: float) -> list[object]:
+        rate = flops / seconds / self.world_size / 1e12
+        return [round(seconds, 4), round(self.dense.seconds / seconds, 3), round(rate, 1)]
+
+    def parts(self) -> list[list[object]]:
+        """What a step's milliseconds go to: part, in the dense step, in one of the first rung."""
+        first = self.rungs[0].step.parts()
+        found = [(name, seconds, first[name]) for name, seconds in self.dense.parts().items()]
+        return [[name, *(round(1e3 * each, 2) for each in both)] for name, *both in found if any(both)]
 
     def lines(self) -> list[str]:
         """What stands under the table, a sentence a line."""
@@ -90,7 +98,7 @@ class Forecast:
         speed = self.dense_seconds / self.seconds
         source = self.hardware.about
         return [
-            f"{self.plan.steps:,} steps take {hours:.4g} h, dense ones {dense:.4g} h",
+            f"{self.plan.steps:,} settled steps take {hours:.4g} h, dense ones {dense:.4g} h",
             f"{speed:.3f} times as fast, {self.saved:.1%} saved",
             f"operations alone would save {bound:.1%}",
             f"{self.memory.total / GIB:.1f} GiB on the GPU that needs most",
@@ -143,11 +151,15 @@ def forecast(config: Config, *, shape: ModelShape, hardware: Hardware, cluster: 
     spread = spread_of(config, cluster=cluster, links=links)
     plan = plan_of(config, shape=shape, epochs={})
 
-    def step(kept: KeptShape) -> StepTime:
-        return step_of(config, shape=shape, kept=kept, hardware=hardware, spread=spread)
+    @cache
+    def step(kept: KeptShape, graphs: bool) -> StepTime:
+        return step_of(config, shape=shape, kept=kept, hardware=hardware, spread=spread, graphs=graphs)
 
-    rungs = tuple(RungTime(planned=planned, step=step(planned.kept)) for planned in plan.rungs)
-    dense = step(plan.whole)
+    def whole_run(*, graphs: bool) -> tuple[RungTime, ...]:
+        return tuple(RungTime(planned=planned, step=step(planned.kept, graphs)) for planned in plan.rungs)
+
+    rungs, dense = whole_run(graphs=config.layer_graphs), step(plan.whole, config.layer_graphs)
+    replayed = sum(rung.seconds for rung in whole_run(graphs=True)) / sum(rung.seconds for rung in rungs)
     return Forecast(
         rungs=rungs,
         dense=dense,
@@ -155,14 +167,14 @@ def forecast(config: Config, *, shape: ModelShape, hardware: Hardware, cluster: 
         memory=memory_of(config, shape=shape, plan=plan),
         hardware=hardware,
         world_size=cluster.world_size,
-        remarks=tuple(_remarks(config, steps=[dense, *(rung.step for rung in rungs)])),
+        remarks=tuple(_remarks(config, steps=[dense, *(rung.step for rung in rungs)], replayed=replayed)),
     )
 
 
 def step_of(
-    config: Config, *, shape: ModelShape, kept: KeptShape, hardware: Hardware, spread: Spread
+    config: Config, *, shape: ModelShape, kept: KeptShape, hardware: Hardware, spread: Spread, graphs: bool
 ) -> StepTime:
-    """A step of the run in which each layer computes ``kept``."""
+    """A step of the run in which each layer computes ``kept``. graphs: layers are replayed."""
     training = config.training
     return predict_step(
         shape,
@@ -171,7 +183,7 @@ def step_of(
         batch=Batch(micro_batch_size=training.micro_batch_size, micro_batches=training.num_micro_batches),
         spread=spread,
         recompute=recompute_of(config),
-        graphs=config.layer_graphs,
+        graphs=graphs,
         interval=config.selection.selection_interval,
         tied=not config.model.untie_embeddings_and_output_weights,
     )
@@ -234,8 +246,11 @@ def spread_of(config: Config, *, cluster: Cluster, links: Links) -> Spread:
     )
 
 
-def _remarks(config: Config, *, steps: Sequence[StepTime]) -> list[str]:
+def _remarks(config: Config, *, steps: Sequence[StepTime], replayed: float) -> list[str]:
+    """replayed: the run's time with --layer-graphs, as a share of its own."""
     found, selection = [], config.selection
+    if replayed < 1 - WORTH_SAYING:
+        found.append(f"layers wait for their launches: with --layer-graphs the run would take {replayed:.1%} of it")
     sparse = config.schedule.kind != "none"
     if sparse and selection.importance != MEASURED_IMPORTANCE:
         found.append(f"choosing was measured for {MEASURED_IMPORTANCE}, not for {selection.importance}")

@@ -58,16 +58,41 @@ def test_the_table_has_a_row_a_rung_and_one_of_the_dense_step():
     found = predicted()
     rows, columns = found.rows(), found.columns()
     assert [row[0] for row in rows] == [f"{r.rung.first}-{r.rung.last}" for r in found.plan.rungs] + ["dense"]
-    assert columns == ["steps", "rate", "s/step", "speed", "TFLOP/s a GPU", "layers", "loss", "choosing", "update"]
     assert all(len(row) == len(columns) for row in rows)
-    assert (rows[0][1], rows[-1][3]) == (0.5, 1.0)
-    assert rows[0][5] < rows[-1][5]
-    assert (rows[-2][7], rows[0][7] > 0) == (0.0, True)
+    assert [row[1] for row in rows] == ["0.5", "0.4", "0.3", "0.2", "0.1", "0", "0"]
+    assert [row[2] for row in rows] == [round(rung.step.seconds, 4) for rung in found.rungs] + [
+        round(found.dense.seconds, 4)
+    ]
+    assert (rows[-1][3], rows[-2][3]) == (1.0, 1.0)
+
+
+def test_a_rung_a_step_makes_a_row_a_stretch():
+    found = predicted("--sat-schedule linear --sat-omission-rate 0.5 --sat-schedule-start 20")
+    rows = found.rows()
+    assert len(rows) <= 13 < len(found.rungs)
+    assert (rows[0][0], rows[0][1], rows[-2][0]) == ("1-20", "0.5", "93-100")
+    last = [rung.seconds for rung in found.rungs if rung.planned.rung.first >= 93]
+    assert rows[-2][2] == round(sum(last) / 8, 4)
+
+
+def test_the_parts_of_a_dense_step_stand_beside_those_of_the_first_rung():
+    found = predicted()
+    parts = {name: both for name, *both in found.parts()}
+    assert parts.keys() == {"layers", "loss", "choosing", "update"}
+    assert parts["choosing"][0] == 0.0 < parts["choosing"][1]
+    assert parts["layers"][1] < parts["layers"][0]
+    assert parts["layers"][0] == round(1e3 * found.dense.layers, 2)
+
+
+def test_layers_that_wait_for_launches_are_pointed_to_graphs():
+    said = "layers wait for their launches: with --layer-graphs the run would take"
+    assert any(said in remark for remark in predicted(launch_seconds=1.0).remarks)
+    assert not any(said in remark for remark in predicted(launch_seconds=0.0).remarks)
 
 
 def test_the_sentences_say_what_is_saved_and_from_what():
     said = "\n".join(predicted(launch_seconds=1e-3).lines())
-    assert "100 steps take" in said
+    assert "100 settled steps take" in said
     assert "% saved" in said
     assert "operations alone would save" in said
     assert "GiB on the GPU that needs most" in said

@@ -43,7 +43,7 @@ def test_a_run_is_predicted_from_what_this_machine_was_measured_to_do(folder, tm
     argv = [*llama(LADDER), "--hardware", folder / "gemm-cpu.json", "--json", tmp_path / "plan.json"]
     assert called(*argv) == 0
     said = capsys.readouterr().out
-    assert "predicted, seconds a step and what they go to" in said
+    assert "what a step goes to, ms" in said
     assert "from what CPU was measured to do: python benchmarks/" in said
     stored = json.loads((tmp_path / "plan.json").read_text())
     assert 0 < stored["seconds"] < 100
