@@ -172,6 +172,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--micro-batches must be at least {LEAST}, got {args.micro_batches}: laps between first and last")
     if "compact" not in args.weights and args.hardware is not None:
         parser.error("--weights must hold compact, whose choosing the hardware's file needs; or add --no-hardware")
+    if "--layer-graphs" in args.flags and args.hardware is not None:
+        launches = "--flags must be without --layer-graphs for the hardware's file: it holds launches"
+        parser.error(f"{launches}; add --no-hardware")
     for tokens in args.tokens:
         if tokens % args.seq_length:
             parser.error(f"--tokens must be multiples of --seq-length ({args.seq_length}), got {tokens}")

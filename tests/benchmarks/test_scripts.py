@@ -132,6 +132,7 @@ def test_bench_layer_times_a_layer_and_leaves_a_table_of_the_hardware(tmp_path):
     [
         ("--micro-batches 3", "--micro-batches must be at least 4, got 3: laps between first and last"),
         ("--weights gather", "--weights must hold compact, whose choosing the hardware's file needs"),
+        ("--flags=--layer-graphs", "--flags must be without --layer-graphs for the hardware's file: it holds launches"),
         ("--tokens 100 --seq-length 64", "--tokens must be multiples of --seq-length (64), got 100"),
     ],
 )
@@ -139,7 +140,7 @@ def test_bench_layer_refuses_what_cannot_be_measured(line, complaint, capsys):
     with pytest.raises(SystemExit):
         bench_layer.arguments(line.split())
     assert complaint in capsys.readouterr().err
-    if "gather" in line:
+    if "gather" in line or "graphs" in line:
         assert bench_layer.arguments([*line.split(), "--no-hardware"]).hardware is None
 
 
