@@ -5,8 +5,9 @@
 
 The model, engine and layers are those that pretrain_sat.py builds, on one device, or on the ranks of torchrun:
 replicas, or with --tensor-parallel N ranks of one model (--flags=--sequence-parallel goes with it). Text is random ids.
-Prints a table, writes JSON and a picture: seconds (median), tokens/s, executed TFLOP/s of a device, speed over dense, the bound
-that operations set, peak memory. With --twin also the dense model in plain PyTorch (`twin`). Ratios are of one run.
+Prints a table, writes JSON and a picture: seconds (median), tokens/s, executed TFLOP/s of a device, speed over dense,
+the bound that operations set, peak memory. With --twin also the dense model in plain PyTorch (`twin`). Ratios are of
+one run.
 """
 
 import argparse
