@@ -152,15 +152,22 @@ def profiled(run: Run, *, rate: Fraction, folder: Path, warm_up: int = 3) -> lis
         torch.cuda.synchronize()
     trace = folder / "trace.json"
     profile.export_chrome_trace(str(trace))
-    return list(launches(json.loads(trace.read_text())["traceEvents"]))
+    return launches(json.loads(trace.read_text())["traceEvents"])
 
 
-def launches(events: Iterable[dict[str, Any]]) -> Iterable[Work]:
-    """The device's work in a trace."""
-    for event in events:
-        if event.get("ph") == "X" and event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            in_graph = bool(event.get("args", {}).get("graph node id", 0))
-            yield Work(name=event["name"], seconds=1e-6 * event["dur"], start=1e-6 * event["ts"], in_graph=in_graph)
+def launches(events: Sequence[dict[str, Any]]) -> list[Work]:
+    """The device's work in a trace. What a graph launched carries the number of the host's call that launched it."""
+    calls = {event["args"]["correlation"] for event in events if event.get("name") == "cudaGraphLaunch"}
+    return [
+        Work(
+            name=event["name"],
+            seconds=1e-6 * event["dur"],
+            start=1e-6 * event["ts"],
+            in_graph=event["args"].get("correlation") in calls,
+        )
+        for event in events
+        if event.get("ph") == "X" and event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    ]
 
 
 def by_kind(work: Iterable[Work]) -> dict[str, float]:

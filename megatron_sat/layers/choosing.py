@@ -26,6 +26,7 @@ class RecordedChoice:
         forward: Callable[..., Any],
         bound: Mapping[str, Any],
         recorder: Recorder,
+        place: int,
     ) -> None:
         """forward: of hidden states and what is bound by name, through the module. The last step's packed weights must
         still be there: this one's take their place. Nothing is chosen yet.
@@ -40,8 +41,8 @@ class RecordedChoice:
         self._buffers = [linear.packed_buffer for linear in pair.linear_pair() if linear.packed_buffer is not None]
         self._inputs, self.bound = hidden.detach(), bound
         self._look = lambda: forward(self._inputs, **bound)
-        self._measure = recorder.record_launch(self._launch_sums)
-        self._pick = recorder.record_launch(self._launch_choice)
+        self._measure = recorder.record_launch(self._launch_sums, place=place)
+        self._pick = recorder.record_launch(self._launch_choice, place=place)
 
     @torch.no_grad()
     def __call__(self, hidden: Tensor) -> None:

@@ -44,12 +44,21 @@ class Half:
     """Attention or MLP of one layer, with norm and residual: eager where it must be, else replayed."""
 
     def __init__(
-        self, modules: Iterable[Module], *, pair: SparsePair, forward: Callable[..., Tensor], recorder: Recorder
+        self,
+        modules: Iterable[Module],
+        *,
+        pair: SparsePair,
+        forward: Callable[..., Tensor],
+        recorder: Recorder,
+        place: int,
     ) -> None:
-        """modules: those with the half's parameters. forward: (hidden states [s, b, h], bound by name) -> [s, b, h]."""
+        """modules: those with the half's parameters. forward: (hidden states [s, b, h], bound by name) -> [s, b, h].
+
+        place: among the model's halves, in the order of a forward.
+        """
         self._modules = [inner for module in modules for inner in module.modules()]
         self._parameters = [p for module in self._modules for p in module._parameters.values() if p is not None]
-        self._pair, self._forward, self._recorder = pair, forward, recorder
+        self._pair, self._forward, self._recorder, self._place = pair, forward, recorder, place
         self._seen: tuple[Any, ...] | None = None
         self._kept: _Kept | None = None
         self._choice: RecordedChoice | None = None
@@ -93,7 +102,7 @@ class Half:
             return False
         if self._choice is None or not _same(self._choice.bound, bound):
             self._choice = RecordedChoice(
-                self._pair, hidden, forward=self._forward, bound=bound, recorder=self._recorder
+                self._pair, hidden, forward=self._forward, bound=bound, recorder=self._recorder, place=self._place
             )
         self._choice(hidden)
         return self._pair.ready_for_replay()
@@ -103,16 +112,18 @@ class Half:
         pair = self._pair
         linears = {linear.weight: linear for linear in pair.linear_pair()}
         standing_in = {parameter: _alias(parameter) for parameter in self._parameters}
-        leaves: list[Tensor] = []
-        for parameter, alias in standing_in.items():
-            packed = linears[parameter].lend(pair.packing) if parameter in linears else None
-            leaves.append(alias if packed is None else packed)
+        found = {weight: linear.packed_leaf(pair.packing) for weight, linear in linears.items()}
+        packed = {linears[weight]: leaf for weight, leaf in found.items() if leaf is not None}
+        leaves: list[Tensor] = [
+            packed[linears[parameter]] if found.get(parameter) is not None else alias
+            for parameter, alias in standing_in.items()
+        ]
 
         def compute(inputs: Tensor) -> Tensor:
-            with _replaced(self._modules, standing_in), _lent(linears.values()):
+            with _replaced(self._modules, standing_in), _lent(packed):
                 return self._forward(inputs, **bound)
 
-        recording = self._recorder.record(compute, hidden, leaves)
+        recording = self._recorder.record(compute, hidden, leaves, place=self._place)
         return _Kept(
             form=form, key=key, bound=bound, recording=recording, parameters=tuple(standing_in), fused=linears
         )
@@ -129,8 +140,8 @@ class GraphedLayer(TransformerLayer):
     _halves: tuple[Half, Half] | None = None
     """None: always eager."""
 
-    def record_with(self, recorder: Recorder) -> None:
-        """Let both halves be recorded from now on."""
+    def record_with(self, recorder: Recorder, *, place: int) -> None:
+        """Let both halves be recorded from now on. place: among the model's layers."""
         attention, mlp = self.self_attention, self.mlp
         if not isinstance(attention, SparsePair) or not isinstance(mlp, SparsePair):
             return
@@ -138,8 +149,8 @@ class GraphedLayer(TransformerLayer):
         of_attention = [child for child in self.children() if all(child is not module for module in of_mlp)]
         # not modules: a tuple, so that they are no children of the layer
         self._halves = (
-            Half(of_attention, pair=attention, forward=self._attend, recorder=recorder),
-            Half(of_mlp, pair=mlp, forward=self._feed_forward, recorder=recorder),
+            Half(of_attention, pair=attention, forward=self._attend, recorder=recorder, place=2 * place),
+            Half(of_mlp, pair=mlp, forward=self._feed_forward, recorder=recorder, place=2 * place + 1),
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -187,16 +198,15 @@ def _replaced(modules: Sequence[Module], standing_in: Mapping[Parameter, Paramet
 
 
 @contextmanager
-def _lent(linears: Iterable[Any]) -> Iterator[None]:
-    """For a while, packed weights are those of `lend`."""
-    lent = list(linears)
-    for linear in lent:
-        linear.lent = True
+def _lent(packed: Mapping[Any, Tensor]) -> Iterator[None]:
+    """For a while, linear layers compute with these packed weights."""
+    for linear, leaf in packed.items():
+        linear.lent = leaf
     try:
         yield
     finally:
-        for linear in lent:
-            linear.lent = False
+        for linear in packed:
+            linear.lent = None
 
 
 class _Replay(torch.autograd.Function):
@@ -226,7 +236,6 @@ class _Replay(torch.autograd.Function):
 
 def record_layers(chunks: Iterable[Module], *, recorder: Recorder) -> None:
     """Let every layer of the model chunks be recorded."""
-    for chunk in chunks:
-        for module in chunk.modules():
-            if isinstance(module, GraphedLayer):
-                module.record_with(recorder)
+    layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, GraphedLayer)]
+    for place, layer in enumerate(layers):
+        layer.record_with(recorder, place=place)

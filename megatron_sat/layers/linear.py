@@ -21,16 +21,14 @@ class _Cutting:
     weight: Any
     packing: Packing | None = None
     """The step under way, where it packs; None: gather."""
-    lent: bool = False
-    """While a recording computes: the weight is the one of `lend`."""
+    lent: Tensor | None = None
+    """While a recording computes: the packed weight to compute with."""
     _pack: tuple[Packing, Pack] | None = None
-    _leaf: Tensor | None = None
 
     def _cut(self, weight: Any, *, index: Tensor, dim: int, kwargs: dict[str, Any]) -> Tensor:
         """The weight's kept rows (dim 0) or columns (dim 1). kwargs: Megatron's, told how gradients add up."""
-        if self.lent:
-            assert self._leaf is not None
-            return self._leaf
+        if self.lent is not None:
+            return self.lent
         if self.packing is None or not kwargs["gradient_accumulation_fusion"] or not hasattr(weight, "main_grad"):
             # the fused product adds into the whole weight's main_grad; a gathered weight has none
             kwargs["gradient_accumulation_fusion"] = False
@@ -67,11 +65,10 @@ class _Cutting:
         """The weight as packed for that step; None: not packed, or not yet."""
         return self._pack[1] if self._pack is not None and packing is not None and self._pack[0] is packing else None
 
-    def lend(self, packing: Packing | None) -> Tensor | None:
+    def packed_leaf(self, packing: Packing | None) -> Tensor | None:
         """The packed weight as a leaf, for a recording to compute with; None: the whole weight."""
         pack = self.pack_for(packing)
-        self._leaf = None if pack is None else pack.leaf()
-        return self._leaf
+        return None if pack is None else pack.leaf()
 
     def gradient_added(self, packing: Packing | None) -> None:
         """A replay has added this use's gradient."""

@@ -1,15 +1,15 @@
 """Launches recorded once and replayed: CUDA graphs, and a twin that computes anew at each replay.
 
-A `Recorder` makes recordings of one model. They share a pool of memory, so replays must keep the order of recording:
-a layer's forward before the next layer's, backwards the other way round; what must outlive a replay is copied out of
-the pool by whoever records.
+A `Recorder` makes recordings of one model. They share memory: what one uses only while it runs, a later one may keep.
+So replays must keep the order of recording (a layer's forward before the next layer's, backwards the other way round),
+and each says its place in that order; what must outlive a step's replays is copied out by whoever records.
 """
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -41,15 +41,16 @@ class Recording(Protocol):
 class Recorder(Protocol):
     """Makes recordings."""
 
-    def record(self, compute: Compute, hidden: Tensor, leaves: Sequence[Tensor]) -> Recording:
+    def record(self, compute: Compute, hidden: Tensor, leaves: Sequence[Tensor], *, place: int) -> Recording:
         """A recording of ``compute`` for tensors like ``hidden``, with gradients of ``leaves``. Nothing is computed.
 
-        Its inputs lie where ``hidden`` lies: what another recording puts out need not be copied.
+        Its inputs lie where ``hidden`` lies: what another recording puts out need not be copied. place: in the order
+        of a forward.
         """
         ...
 
-    def record_launch(self, launch: Launch) -> Launch:
-        """What launches the kernels of ``launch`` again; they have not run. No gradients."""
+    def record_launch(self, launch: Launch, *, place: int) -> Launch:
+        """What launches the kernels of ``launch`` again; they have not run. No gradients, and nothing is kept."""
         ...
 
 
@@ -138,22 +139,27 @@ def _gradients(recording: Any, leaves: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 class SharedPool:
-    """Memory that living recordings share. The allocator buries a pool with its last graph: then there is a new one."""
+    """Memory that living recordings share. There is a new one where the old one cannot serve.
+
+    That is where its last recording is gone, with which the allocator buries it; and for a recording whose place is
+    before that of a living one: what it keeps for backward, the later one would overwrite in between.
+    """
 
     def __init__(self, new_handle: Callable[[], Any]) -> None:
         self._new_handle = new_handle
         self._handle: Any = None
-        self._living: WeakSet[Any] = WeakSet()
+        self._living: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
-    def handle(self) -> Any:
+    def handle(self, *, place: int) -> Any:
         """Of the pool to record into now."""
-        if self._handle is None or not self._living:
+        if not self._living or max(self._living.values()) > place:
             self._handle = self._new_handle()
+            self._living.clear()
         return self._handle
 
-    def joined_by(self, recording: Any) -> None:
+    def joined_by(self, recording: Any, *, place: int) -> None:
         """The recording holds graphs in this pool as long as it lives."""
-        self._living.add(recording)
+        self._living[recording] = place
 
 
 class GpuRecorder:
@@ -162,16 +168,16 @@ class GpuRecorder:
     def __init__(self) -> None:
         self._pool, self._stream = SharedPool(_fresh_pool), torch.cuda.Stream()
 
-    def record(self, compute: Compute, hidden: Tensor, leaves: Sequence[Tensor]) -> Recording:
-        recording = _OnGpu(compute, hidden, leaves, pool=self._pool.handle(), stream=self._stream)
-        self._pool.joined_by(recording)
+    def record(self, compute: Compute, hidden: Tensor, leaves: Sequence[Tensor], *, place: int) -> Recording:
+        recording = _OnGpu(compute, hidden, leaves, pool=self._pool.handle(place=place), stream=self._stream)
+        self._pool.joined_by(recording, place=place)
         return recording
 
-    def record_launch(self, launch: Launch) -> Launch:
-        graph, pool = torch.cuda.CUDAGraph(), self._pool.handle()
+    def record_launch(self, launch: Launch, *, place: int) -> Launch:
+        graph, pool = torch.cuda.CUDAGraph(), self._pool.handle(place=place)
         with _beside(self._stream):
             _capture(graph, launch, pool=pool)
-        self._pool.joined_by(graph)
+        self._pool.joined_by(graph, place=place)
         return graph.replay
 
 
@@ -184,8 +190,10 @@ def _fresh_pool() -> Any:
 class RerunRecorder:
     """The slow twin, and the way to test without a GPU: every replay computes anew."""
 
-    def record(self, compute: Compute, hidden: Tensor, leaves: Sequence[Tensor]) -> Recording:
+    def record(self, compute: Compute, hidden: Tensor, leaves: Sequence[Tensor], *, place: int) -> Recording:
+        del place  # nothing is shared
         return _Rerun(compute, hidden, leaves)
 
-    def record_launch(self, launch: Launch) -> Launch:
+    def record_launch(self, launch: Launch, *, place: int) -> Launch:
+        del place
         return launch

@@ -65,8 +65,12 @@ class Neurons(Protocol):
         """Columns of the row-parallel weight (fc2, proj) that belong to ``index``. int64, ascending."""
         ...
 
+    def scored_rows(self, weight: Tensor) -> Tensor:
+        """The part of the column-parallel weight whose rows are scored: a view of it, maybe all."""
+        ...
+
     def scores_of_rows(self, per_row: Tensor) -> Tensor:
-        """[units] from one score for each row of the column-parallel weight."""
+        """[units] from one score for each of the `scored_rows`."""
         ...
 
     def scores_of_columns(self, per_column: Tensor) -> Tensor:
@@ -94,11 +98,13 @@ class Channels:
     def columns(self, index: Tensor) -> Tensor:
         return index
 
+    def scored_rows(self, weight: Tensor) -> Tensor:
+        if not self.gated or self.score_source == "gate+up":
+            return weight
+        return weight[: self.units] if self.score_source == "gate" else weight[self.units :]
+
     def scores_of_rows(self, per_row: Tensor) -> Tensor:
-        if not self.gated:
-            return per_row
-        gate, up = per_row.chunk(2)
-        return {"gate": gate, "up": up, "gate+up": (gate + up) / 2}[self.score_source]
+        return per_row.view(-1, self.units).mean(0)
 
     def scores_of_columns(self, per_column: Tensor) -> Tensor:
         return per_column
@@ -149,6 +155,9 @@ class Heads:
             return self._spread(index)
         heads = torch.arange(self.heads_per_group, device=index.device)
         return self._spread(index[:, None] * self.heads_per_group + heads)
+
+    def scored_rows(self, weight: Tensor) -> Tensor:
+        return weight
 
     def scores_of_rows(self, per_row: Tensor) -> Tensor:
         """Eq. 6 and 7: mean over a head's d rows of Q, of K, of V, then the mean of the three.

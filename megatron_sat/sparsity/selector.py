@@ -212,9 +212,11 @@ class Selector:
         """[units_to_keep] int64, ascending: the units that stay. noise: [units] where it `samples`."""
         weight = self._scored()
         shape_alone = weight.new_empty(()).expand(self._scored_shape)
-        scores = self._metric.score(self._weights.whole(weight) if self._metric.reads_weight else shape_alone, sums)
-        by_columns = self._metric.needs == "activations"
-        scores = self.neurons.scores_of_columns(scores) if by_columns else self.neurons.scores_of_rows(scores)
+        weight = self._weights.whole(weight) if self._metric.reads_weight else shape_alone
+        if self._metric.needs == "activations":
+            scores = self.neurons.scores_of_columns(self._metric.score(weight, sums))
+        else:
+            scores = self.neurons.scores_of_rows(self._metric.score(self.neurons.scored_rows(weight), sums))
         return select(
             scores,
             groups=self.place.groups,

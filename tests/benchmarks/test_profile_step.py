@@ -10,23 +10,27 @@ from benchmarks.program import Size
 SIZE = Size(model="tiny", layers=1, seq_length=8, micro_batch_size=1, micro_batches=1)
 
 
-def launch(name: str, *, start: int, micros: int, node: int = 0, cat: str = "kernel") -> dict[str, object]:
-    """A launch as the profiler writes it; node: of a graph."""
-    return {"ph": "X", "cat": cat, "name": name, "ts": start, "dur": micros, "args": {"graph node id": node}}
+GRAPH, EAGER = 7, 8
+
+
+def launch(name: str, *, start: int, micros: int, call: int = EAGER) -> dict[str, object]:
+    """A kernel as the profiler writes it; call: of the host, that launched it."""
+    return {"ph": "X", "cat": "kernel", "name": name, "ts": start, "dur": micros, "args": {"correlation": call}}
 
 
 DENSE = [
-    launch("nvjet_sm90_tst", start=0, micros=600, node=1),
-    launch("cudnn_sdpa_flash_fprop", start=600, micros=100, node=2),
-    launch("triton_red_fused_mean_rsqrt", start=700, micros=100, node=3),
+    launch("nvjet_sm90_tst", start=0, micros=600, call=GRAPH),
+    launch("cudnn_sdpa_flash_fprop", start=600, micros=100, call=GRAPH),
+    launch("triton_red_fused_mean_rsqrt", start=700, micros=100, call=GRAPH),
     launch("nvjet_sm90_tst", start=900, micros=100),
     launch("multi_tensor_apply_kernel", start=950, micros=100),
-    {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 9_999},
+    {"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 0, "dur": 9, "args": {"correlation": GRAPH}},
+    {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 0, "dur": 9, "args": {"correlation": EAGER}},
 ]
 
 
 def work_of(trace: list[dict[str, object]]) -> list[profile_step.Work]:
-    return list(profile_step.launches(trace))
+    return profile_step.launches(trace)
 
 
 def test_launches_are_told_apart_by_place_and_kind() -> None:

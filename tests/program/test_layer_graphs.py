@@ -35,13 +35,13 @@ class Counting:
         self.launches, self.launched = 0, 0
         self._true = recording.RerunRecorder()
 
-    def record(self, *args: Any) -> recording.Recording:
+    def record(self, *args: Any, place: int) -> recording.Recording:
         self.recorded += 1
-        return _Counted(self._true.record(*args), self)
+        return _Counted(self._true.record(*args, place=place), self)
 
-    def record_launch(self, launch: recording.Launch) -> recording.Launch:
+    def record_launch(self, launch: recording.Launch, *, place: int) -> recording.Launch:
         self.launches += 1
-        true = self._true.record_launch(launch)
+        true = self._true.record_launch(launch, place=place)
 
         def counted() -> None:
             self.launched += 1
@@ -180,23 +180,44 @@ def test_an_evaluation_in_between_records_nothing_anew(flags: str, text: Text, c
     assert count_of(text.command(f"{flags} --layer-graphs --eval-interval 2"), counting) == straight
 
 
+class Living:
+    """Something that a pool can hold weakly."""
+
+
 def test_a_pool_whose_recordings_are_gone_is_not_used_again() -> None:
     """The allocator ends a pool with its last graph, and refuses its handle from then on."""
     handles = iter("abc")
     pool = recording.SharedPool(lambda: next(handles))
-    first, second = Counting(), Counting()
-    for count in (first, second):
-        assert pool.handle() == "a"
-        pool.joined_by(count)
-    del first, count
-    assert pool.handle() == "a"
+    first, second = Living(), Living()
+    for place, one in enumerate((first, second)):
+        assert pool.handle(place=place) == "a"
+        pool.joined_by(one, place=place)
+    del first, one
+    assert pool.handle(place=1) == "a"
     del second
-    assert pool.handle() == "b"
+    assert pool.handle(place=0) == "b"
+
+
+def test_what_is_recorded_out_of_order_does_not_share_memory() -> None:
+    """Attention keeps its recordings where a rung changes the MLP alone, whose new ones come after them."""
+    handles = iter("abc")
+    pool = recording.SharedPool(lambda: next(handles))
+    keeps: dict[int, Living] = {}
+
+    def record(place: int) -> str:
+        handle: str = pool.handle(place=place)
+        keeps[place] = Living()
+        pool.joined_by(keeps[place], place=place)
+        return handle
+
+    assert [record(place) for place in range(4)] == ["a"] * 4
+    assert [record(place) for place in (1, 3)] == ["b"] * 2
+    assert [record(place) for place in (3, 1)] == ["b", "c"]
 
 
 def test_a_frozen_half_stays_eager() -> None:
     linear = torch.nn.Linear(2, 2).requires_grad_(requires_grad=False)
-    half = graphed.Half([linear], pair=Any, forward=linear, recorder=Counting())  # type: ignore[arg-type]
+    half = graphed.Half([linear], pair=Any, forward=linear, recorder=Counting(), place=0)  # type: ignore[arg-type]
     hidden = torch.ones(1, 1, 2, requires_grad=True)
     assert half(hidden, {}).equal(linear(hidden))
 

@@ -1,11 +1,7 @@
 """The metrics against their equations written as loops: signed, in fp32, and as sums that ranks can add."""
 
-import math
-
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from megatron_sat.sparsity import importance
 from megatron_sat.sparsity.importance import METRICS
@@ -155,20 +151,13 @@ def test_rows_scored_a_block_at_a_time_score_as_all_at_once(metric, monkeypatch)
     torch.testing.assert_close(scores_of(metric, weight, tokens), whole, **FP32_SUMS)
 
 
-@settings(deadline=None, max_examples=200)
-@given(st.integers(-(2**24) + 1, 2**24 - 1), st.integers(-80, 80))
-def test_three_bf16_parts_add_up_to_an_fp32_number_exactly(mantissa, exponent):
-    vector = torch.tensor([math.ldexp(mantissa, exponent)])
-    parts = importance.bf16_parts(vector)
+def test_what_is_compiled_on_a_gpu_adds_up_in_fp32():
+    """Here it is not compiled."""
+    weight, vector = random(7, 6, dtype=torch.bfloat16), random(6)
+    found = importance._widened(weight, vector)
 
-    assert parts.dtype == torch.bfloat16
-    assert parts.double().sum().item() == vector.item()
-
-
-def test_two_bf16_parts_would_not_do():
-    vector = random(100)
-
-    assert (importance.bf16_parts(vector)[:2].double().sum(0) != vector).any()
+    assert found.dtype == torch.float32
+    assert close(found, [sum(w * v for w, v in zip(row, vector.tolist(), strict=True)) for row in weight.tolist()])
 
 
 @pytest.mark.gpu
@@ -217,5 +206,5 @@ def test_gated_channels_score_by_gate_or_up_or_the_mean_of_both(metric, source):
 
     by_gate, by_up = (literal_scores(metric, weight, tokens.view(-1, 6)) for weight in (gate, up))
     both = [mean([g, u]) for g, u in zip(by_gate, by_up, strict=True)]
-    scores = channels.scores_of_rows(scores_of(metric, torch.cat([gate, up]), tokens))
+    scores = channels.scores_of_rows(scores_of(metric, channels.scored_rows(torch.cat([gate, up])), tokens))
     assert close(scores, {"gate": by_gate, "up": by_up, "gate+up": both}[source])

@@ -136,7 +136,8 @@ def test_kept_and_omitted_units_share_nothing_and_leave_out_only_common_keys_and
 def test_a_gated_channel_is_scored_by_the_rows_that_are_named(source, expected):
     channels = Channels(units=3, gated=True, score_source=source)
 
-    assert channels.scores_of_rows(torch.tensor([1.0, 2, 3, 10, 20, 40])).tolist() == expected
+    scored = channels.scored_rows(torch.tensor([1.0, 2, 3, 10, 20, 40]))
+    assert channels.scores_of_rows(scored).tolist() == expected
 
 
 @pytest.mark.parametrize("source", ["gate", "up", "gate+up"])
@@ -144,7 +145,7 @@ def test_a_channel_without_a_gate_is_scored_by_its_only_row(source):
     scores = torch.tensor([3.0, 1.0, 2.0])
 
     plain = Channels(units=3, gated=False, score_source=source)
-    assert plain.scores_of_rows(scores).tolist() == [3.0, 1.0, 2.0]
+    assert plain.scores_of_rows(plain.scored_rows(scores)).tolist() == [3.0, 1.0, 2.0]
     assert plain.scores_of_columns(scores).tolist() == [3.0, 1.0, 2.0]
 
 
