@@ -135,7 +135,8 @@ def test_two_processes_report_the_loss_of_all_held_out_records(place: Path) -> N
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("method", ["sat", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sat", "lora"])
 def test_zero_3_trains_and_reports_the_same(method: str, place: Path) -> None:
     load_library()
     zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
@@ -150,6 +151,7 @@ def test_zero_3_trains_and_reports_the_same(method: str, place: Path) -> None:
     assert with_zero[0]["trained parameters"] == without[0]["trained parameters"]
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_deepspeed_on_processes_that_accelerate_does_not_know_of_is_an_error(place: Path) -> None:
     load_library()

@@ -116,8 +116,8 @@ def test_a_logger_behind_the_callback_is_given_the_rate(tmp_path: Path) -> None:
     "selection",
     [
         pytest.param({}, id="fresh"),
-        pytest.param({"selection_interval": 4}, id="interval"),
-        pytest.param({"statistics": "lagged"}, id="lagged"),
+        pytest.param({"selection_interval": 4}, id="interval", marks=pytest.mark.slow),
+        pytest.param({"statistics": "lagged"}, id="lagged", marks=pytest.mark.slow),
         pytest.param({"statistics": "lagged", "importance": "contribution", "selection_interval": 2}, id="both"),
     ],
 )
