@@ -6,7 +6,7 @@ buffer; the only numbers kept beside it are the rows or columns. Nothing here co
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,53 +52,56 @@ class Parcel:
         else:
             self.grid.index_copy_(self.dim, self.index, packed.view(self.shape))
 
-    def cut(self, *, most: int) -> Iterator["Parcel"]:
-        """The same in parcels of at most ``most`` elements each, or one row where a row has more."""
-        if self.numel <= most:
-            if self.numel:
-                yield self
-            return
-        rows, columns = self.shape
-        if self.index is None and self.grid.is_contiguous():  # may be cut anywhere
-            flat = self.grid.view(-1)
-            yield from (Parcel(grid=part.view(1, -1)) for part in flat.split(most))
-            return
-        for first in range(0, rows, max(1, most // columns)):
-            last = min(rows, first + max(1, most // columns))
-            if self.index is not None and self.dim == 0:
-                yield Parcel(grid=self.grid, dim=0, index=self.index[first:last])
-            else:
-                yield Parcel(grid=self.grid[first:last], dim=self.dim, index=self.index)
+    @property
+    def line(self) -> int:
+        """Elements between two places where it may be cut: a row of what travels, or one of all of it."""
+        return 1 if self.index is None else self.shape[1]
+
+    def cut(self, lines: int) -> tuple["Parcel", "Parcel"]:
+        """The first ``lines``, and the rest."""
+        if self.index is None:
+            flat = self.grid.view(-1, 1)
+            return Parcel(grid=flat[:lines]), Parcel(grid=flat[lines:])
+        if self.dim == 0:
+            return replace(self, index=self.index[:lines]), replace(self, index=self.index[lines:])
+        return replace(self, grid=self.grid[:lines]), replace(self, grid=self.grid[lines:])
 
 
 def bundles(parcels: Iterable[Parcel], *, most: int) -> Iterator[list[Parcel]]:
-    """The same elements in the same order, in bundles of at most ``most`` (or one row), none of them empty."""
+    """The same elements in the same order, in bundles of at most ``most`` that are full but for a row, none empty.
+
+    A row that is longer makes a bundle by itself.
+    """
     bundle: list[Parcel] = []
-    size = 0
+    room = most
     for parcel in parcels:
-        for part in parcel.cut(most=most):
-            if bundle and size + part.numel > most:
-                yield bundle
-                bundle, size = [], 0
-            bundle.append(part)
-            size += part.numel
+        rest = parcel
+        while rest.numel > room:
+            fitting = room // rest.line
+            part, rest = rest.cut(fitting if bundle else max(1, fitting))
+            yield [*bundle, part] if part.numel else bundle
+            bundle, room = [], most
+        if rest.numel:
+            bundle.append(rest)
+            room -= rest.numel
     if bundle:
         yield bundle
 
 
-def pack(parcels: Sequence[Parcel]) -> Tensor:
-    """What travels of at least one parcel, side by side: [sum of numel]."""
-    sizes = [parcel.numel for parcel in parcels]
-    packed = parcels[0].grid.new_empty(sum(sizes))
-    for parcel, place in zip(parcels, packed.split(sizes), strict=True):
+def pack(parcels: Sequence[Parcel], into: Tensor) -> None:
+    """Copy what travels of the parcels to ``into`` [sum of numel], side by side."""
+    for parcel, place in zip(parcels, _places(parcels, into), strict=True):
         parcel.pack(place)
-    return packed
 
 
 def unpack(parcels: Sequence[Parcel], packed: Tensor) -> None:
     """The way back of `pack`."""
-    for parcel, place in zip(parcels, packed.split([parcel.numel for parcel in parcels]), strict=True):
+    for parcel, place in zip(parcels, _places(parcels, packed), strict=True):
         parcel.unpack(place)
+
+
+def _places(parcels: Sequence[Parcel], packed: Tensor) -> Sequence[Tensor]:
+    return packed.split([parcel.numel for parcel in parcels]) if parcels else ()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

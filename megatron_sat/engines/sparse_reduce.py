@@ -6,22 +6,23 @@ back. Everything around the collective is Megatron's: buckets, hooks, the check 
 ready. A bucket of which nothing is known goes Megatron's way altogether.
 
 Without a distributed optimizer the packed elements are all-reduced; long stretches without zeros, where they lie. With
-one, each rank needs the sums of its own shard alone, and shards hold different numbers of packed elements: each rank
-sends every owner its part (all-to-all), which the owner adds up. Per rank that is (n - 1)/n of the packed elements, as
-for a reduce-scatter of them. Of the other shards a rank keeps its own gradients, as Megatron's reduce-scatter does.
+one, each rank needs the sums of its own shard alone, and shards hold different numbers of packed elements, where a
+reduce-scatter wants equal ones. Where they differ little, the smaller are padded. Else the packed elements are cut into
+equal chunks wherever that falls, reduce-scattered, and the sums, 1/n of what was packed, go to their owners in one
+exchange. Of the other shards a rank keeps its own gradients, as with Megatron's reduce-scatter.
 
 What is equal to the full reduction, and why. The same n numbers are added for each element, so only the order of the
 additions can differ. Two replicas: bit-equal, a + b is b + a. More: a ring adds in an order that depends on where in
 the buffer an element lies, and packing moves it, so sums are equal where the additions are exact and else differ in
-their last bits, as they do between two bucket sizes. An owner adds up in fp32 and rounds once where gradients are bf16;
-a ring rounds after each addition. The order is the same in each run, so a resumed run equals an uninterrupted one.
+their last bits, as they do between two bucket sizes. The order is the same in each run, so a resumed run equals an
+uninterrupted one.
 
-On a GPU, packing and unpacking have streams of their own where Megatron overlaps reduction and backward.
+On a GPU, packing and unpacking have a stream of their own where Megatron overlaps reduction and backward.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, cycle, zip_longest
+from itertools import accumulate, chain, pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ ROUND = 1 << 25
 """Elements that are packed at a time: what this costs in memory is a few times as many, however large a bucket is."""
 LONG = 1 << 20
 """Elements from which on a stretch without zeros is all-reduced in its place: copying it costs more than a call."""
+PADDING = 1.05
+"""Owners' parts are padded to the largest where this makes a round at most so many times as large."""
 
 _Finish = Callable[[], object]
 _Start = Callable[[], _Finish]
@@ -61,9 +64,9 @@ class SparseReduction:
     ) -> None:
         self._entries = entries
         self._ran: set[torch.nn.Module] = set()
-        streams = _Streams() if torch.cuda.is_available() else None
+        stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         groups = [
-            _Group(group, streams=streams, round_elements=round_elements)
+            _Group(group, stream=stream, round_elements=round_elements)
             for chunk in chunks
             for group in _checked(chunk).bucket_groups + chunk.expert_parallel_bucket_groups
         ]
@@ -115,26 +118,11 @@ def _checked(chunk: DistributedDataParallel) -> DistributedDataParallel:
     return chunk
 
 
-class _Streams:
-    """Two streams that buckets use in turn: one packs while what the other has packed is on its way."""
-
-    def __init__(self) -> None:
-        self._streams = cycle((torch.cuda.Stream(), torch.cuda.Stream()))
-
-    def run(self, work: Callable[[], None]) -> torch.cuda.Event:
-        """Work behind what the current stream has been asked for so far. Returns the event of its end."""
-        stream = next(self._streams)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work()
-        return stream.record_event()
-
-
 class _Group:
     """One of DDP's bucket groups."""
 
-    def __init__(self, group: Any, *, streams: _Streams | None, round_elements: int) -> None:
-        self._group, self._streams, self._most = group, streams, round_elements
+    def __init__(self, group: Any, *, stream: torch.cuda.Stream | None, round_elements: int) -> None:
+        self._group, self._stream, self._most = group, stream, round_elements
         self._megatrons = group.start_grad_sync
         self._sharded = group.ddp_config.use_distributed_optimizer
         self._ranks = (
@@ -171,11 +159,14 @@ class _Group:
                 bucket.grad_data *= bucket.gradient_scaling_factor
         if not config.overlap_grad_reduce:
             self._reduce()
-        elif self._streams is None:
+        elif self._stream is None:
             self._reduce()
             group.grad_reduce_handle = _Done()
         else:
-            group.grad_reduce_handle = self._streams.run(self._reduce)
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._reduce()
+            group.grad_reduce_handle = self._stream.record_event()
 
     def _reduce(self) -> None:
         """All rounds, each packed while the one before it is on its way."""
@@ -217,13 +208,13 @@ def _rounds_for_all(parcels: Iterable[Parcel], *, most: int, group: dist.Process
 
 
 def _sum_in_place(parcel: Parcel, *, group: dist.ProcessGroup) -> _Finish:
-    work: Any = dist.all_reduce(parcel.grid, group=group, async_op=True)
-    return work.wait  # type: ignore[no-any-return]
+    return _begun(dist.all_reduce, parcel.grid, group=group).wait
 
 
 def _sum_packed(bundle: Sequence[Parcel], *, group: dist.ProcessGroup) -> _Finish:
-    packed = pack(bundle)
-    work: Any = dist.all_reduce(packed, group=group, async_op=True)
+    packed = bundle[0].grid.new_empty(_numel(bundle))
+    pack(bundle, packed)
+    work = _begun(dist.all_reduce, packed, group=group)
 
     def finish() -> None:
         work.wait()
@@ -243,16 +234,52 @@ def _rounds_for_owners(
 
 def _sum_at_owners(together: Sequence[Sequence[Parcel]], *, group: dist.ProcessGroup) -> _Finish:
     """together: a bundle for each rank, of which at least one is not empty."""
-    packed = pack(list(chain(*together)))
-    sizes = [sum(parcel.numel for parcel in bundle) for bundle in together]
-    rank, ranks = group.rank(), group.size()
-    received = packed.new_empty(ranks, sizes[rank])
-    work: Any = dist.all_to_all_single(
-        received.view(-1), packed, [sizes[rank]] * ranks, sizes, group=group, async_op=True
-    )
+    sizes = [_numel(bundle) for bundle in together]
+    rank, ranks, chunk = group.rank(), group.size(), max(sizes)
+    padded = ranks * chunk <= PADDING * sum(sizes)
+    if not padded:
+        chunk = -(-sum(sizes) // ranks)
+    starts = [owner * chunk for owner in range(ranks)] if padded else [0, *accumulate(sizes[:-1])]
+    packed = next(parcel for bundle in together for parcel in bundle).grid.new_empty(ranks * chunk)
+    for bundle, start, size in zip(together, starts, sizes, strict=True):
+        pack(bundle, packed[start : start + size])
+    sums = packed.new_empty(chunk)
+    work = _begun(dist.reduce_scatter_tensor, sums, packed, group=group)
 
     def finish() -> None:
         work.wait()
-        unpack(together[rank], received.sum(0))
+        unpack(together[rank], sums[: sizes[rank]] if padded else _to_owners(sums, sizes=sizes, group=group))
 
     return finish
+
+
+def _to_owners(sums: Tensor, *, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """sums: [chunk], this rank's of the equal chunks. Returns those it owns, [sizes[rank]]."""
+    rank = group.rank()
+    moves = overlaps(sizes, chunk=sums.numel())
+    sent, received = moves[rank], [row[rank] for row in moves]
+    own = sums.new_empty(sizes[rank])
+    _begun(dist.all_to_all_single, own, sums[: sum(sent)], received, sent, group=group).wait()
+    return own
+
+
+def overlaps(sizes: Sequence[int], *, chunk: int) -> list[list[int]]:
+    """Of elements that lie in a row: [chunk][owner], how many of each chunk belong to each owner.
+
+    sizes: of what the owners have, in that order. chunk: size of as many equal chunks; the last may reach too far.
+    """
+    ends = list(pairwise((0, *accumulate(sizes))))
+    return [
+        [max(0, min(last, (number + 1) * chunk) - max(first, number * chunk)) for first, last in ends]
+        for number in range(len(sizes))
+    ]
+
+
+def _begun(collective: Callable[..., Any], *args: Any, group: dist.ProcessGroup) -> Any:
+    """The handle of a collective under way; gloo's are waited for where they start, as all of them are (`faults`)."""
+    work = collective(*args, group=group, async_op=args[0].is_cuda)
+    return _Done() if work is None else work
+
+
+def _numel(bundle: Sequence[Parcel]) -> int:
+    return sum(parcel.numel for parcel in bundle)

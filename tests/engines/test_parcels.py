@@ -31,6 +31,12 @@ def gradient(parameter: Parameter) -> Tensor:
     return parameter.main_grad  # type: ignore[attr-defined, no-any-return]
 
 
+def packed_of(bundle: list[Parcel]) -> Tensor:
+    packed = torch.full((sum(parcel.numel for parcel in bundle),), torch.nan)
+    pack(bundle, packed)
+    return packed
+
+
 def naive(parameter: Parameter, dim: int, index: Tensor) -> Tensor:
     """A mask over a parameter's filled entries, row by row."""
     mask = torch.zeros(parameter.shape, dtype=torch.bool)
@@ -65,8 +71,10 @@ def test_what_travels_is_exactly_what_is_filled_whatever_is_cut(
     before = buffer.clone()
     for owner, sections in enumerate(shards):
         here = list(bundles((filled.parcel(section) for section in sections), most=most))
-        assert all(sum(parcel.numel for parcel in bundle) <= max(most, 9) for bundle in here)
-        packed = [pack(bundle) for bundle in here]
+        sizes = [sum(parcel.numel for parcel in bundle) for bundle in here]
+        assert all(0 < size <= max(most, 9) for size in sizes)
+        assert all(size > most - 9 for size in sizes[:-1])  # full but for a row
+        packed = [packed_of(bundle) for bundle in here]
         shard = slice(owner * shard_size, (owner + 1) * shard_size)
         sent = torch.cat(packed) if packed else torch.empty(0)
         assert sent.sort().values.tolist() == buffer[shard][expected[shard]].tolist()

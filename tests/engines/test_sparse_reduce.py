@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from megatron.core.distributed import param_and_grad_buffer
 from torch import Tensor
 from torch.testing import assert_close
@@ -15,7 +17,7 @@ from benchmarks.wire import counted
 from megatron_sat.engines import sparse_reduce
 from megatron_sat.engines.base import Filled
 from megatron_sat.engines.megatron import MegatronEngine
-from megatron_sat.engines.sparse_reduce import SparseReduction
+from megatron_sat.engines.sparse_reduce import SparseReduction, overlaps
 from tests.helpers.engine_state import named, snapshot
 from tests.helpers.plain_engine import bits, make_engine, train
 from tests.helpers.ranks import run_ranks
@@ -135,7 +137,8 @@ def test_two_replicas_train_bit_for_bit_as_with_the_full_reduction_and_send_half
         for sent, whole in zip(sparse.bytes, full.bytes, strict=True):
             assert whole >= full.itemsize * (full.layers + full.others)
             ratio = (sent / full.itemsize - full.others) / full.layers
-            assert 0.49 <= ratio <= 0.51
+            # of matrices as small as these the halves of a bucket keep very different shares: their ends are exchanged
+            assert 0.49 <= ratio <= (0.57 if "sharded" in case else 0.51)
 
 
 @pytest.mark.slow
@@ -184,10 +187,22 @@ def test_an_entry_that_is_kept_from_the_reduction_though_it_is_filled_is_seen(sh
 # -- one reduction, against sums that are exact
 
 
-def exact(rank: int, sharded: bool) -> list[list[bool]]:
+def exact(rank: int, sharded: bool) -> tuple[list[list[bool]], list[int]]:
     """By size of a round and gradient: whether its sums are those of all ranks, where this rank is to have them. Values
-    are small whole numbers, whose sums do not depend on an order; what is not filled is zero."""
-    return [summed(rank, sharded=sharded, most=most) for most in (100, 3000, 1 << 25)]
+    are small whole numbers, whose sums do not depend on an order; what is not filled is zero. And: rounds there were,
+    and how many ended with an exchange."""
+    calls = [0, 0]
+
+    def counting(function: Any, at: int) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[at] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    sparse_reduce._sum_at_owners = counting(sparse_reduce._sum_at_owners, 0)
+    sparse_reduce._to_owners = counting(sparse_reduce._to_owners, 1)
+    return [summed(rank, sharded=sharded, most=most) for most in (100, 3000, 1 << 25)], calls
 
 
 def summed(rank: int, *, sharded: bool, most: int) -> list[bool]:
@@ -223,9 +238,18 @@ def summed(rank: int, *, sharded: bool, most: int) -> list[bool]:
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_exact_sums_of_four_replicas_are_bit_equal_however_many_rounds_there_are(sharded: bool) -> None:
-    for same in (rounds for rank in run_ranks(exact, 4, sharded) for rounds in rank):
-        assert len(same) > 20
-        assert all(same)
+    for found, (rounds, exchanges) in run_ranks(exact, 4, sharded):
+        assert all(len(same) > 20 and all(same) for same in found)
+        assert 0 < exchanges < rounds if sharded else rounds == 0  # both ways to an owner are taken
+
+
+@given(sizes=st.lists(st.integers(0, 7), min_size=1, max_size=5).filter(any))
+def test_each_element_of_equal_chunks_goes_to_the_one_that_owns_it(sizes: list[int]) -> None:
+    owners = [owner for owner, size in enumerate(sizes) for _ in range(size)]
+    chunk = -(-len(owners) // len(sizes))
+    ranks = range(len(sizes))
+    naive = [[owners[n * chunk : (n + 1) * chunk].count(owner) for owner in ranks] for n in ranks]
+    assert overlaps(sizes, chunk=chunk) == naive
 
 
 def in_place(_: int, longest: int) -> tuple[int, dict[str, bytes]]:
