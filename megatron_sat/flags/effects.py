@@ -37,7 +37,7 @@ def grouped_queries(settings: Settings) -> bool:
 
 def against_layer_graphs(settings: Settings) -> list[str]:
     """Settings under which a layer cannot be replayed: other ranks, random numbers, or work between the kernels."""
-    sizes = ("pipeline_model_parallel_size", "context_parallel_size")
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     others = ("recompute_granularity", "overlap_param_gather", "add_bias_linear", "add_qkv_bias", "cpu_offloading")
     found = [key for key in sizes if settings[key] > 1]
     found += [key for key in ("hidden_dropout", "attention_dropout") if settings[key] > 0]
@@ -116,7 +116,7 @@ METHOD: tuple[Rule, ...] = (
     Rule(
         keys="layer_graphs",
         idle=lambda s: s["layer_graphs"] and bool(against_layer_graphs(s)),
-        beside="with pipeline or context parallelism, recomputation, dropout, biases, --overlap-param-gather or --sft",
+        beside="with model parallelism, recomputation, dropout, biases, --overlap-param-gather or --sft",
     ),
 )
 """The method's settings, and this program's own."""

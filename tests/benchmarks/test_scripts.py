@@ -56,7 +56,7 @@ def test_bench_step_times_dense_sparse_and_both_twins(tmp_path):
     ("flags", "title"),
     [
         ((), "tiny, 1 layers, 2x1x32 tokens, 2 replicas"),
-        (("--tensor-parallel", "2", "--flags=--sequence-parallel --layer-graphs"), "tiny, 1 layers, 2x1x32 tokens\n"),
+        (("--tensor-parallel", "2", "--flags=--sequence-parallel"), "tiny, 1 layers, 2x1x32 tokens\n"),
     ],
 )
 def test_bench_step_times_ranks_that_share_the_work(flags, title, tmp_path):

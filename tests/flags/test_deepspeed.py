@@ -31,7 +31,7 @@ REFUSED = [
     ("--overlap-grad-reduce", 1, "--overlap-grad-reduce is for --engine megatron, got it with --engine deepspeed; set"),
     ("--ddp-bucket-size 1000", 1, "--ddp-bucket-size is for --engine megatron, got it with --engine deepspeed; set z"),
     ("--gradient-accumulation-fusion", 1, "--gradient-accumulation-fusion is for --engine megatron, got it with"),
-    ("--layer-graphs", 1, "--layer-graphs has no effect with pipeline or context parallelism, recomputation"),
+    ("--layer-graphs", 1, "--layer-graphs has no effect with model parallelism, recomputation"),
     (f"{LADDER} --sat-sparse-reduce", 2, "--sat-sparse-reduce is for --engine megatron, got it with --engine deeps"),
     ("--bf16 --zero-stage 0", 1, "--bf16 with --engine deepspeed needs --zero-stage 1 or above, got 0: without ZeRO"),
     ("--zero-stage 4", 1, "--zero-stage must be one of 0, 1, 2, 3, got '4'"),
