@@ -4,6 +4,7 @@ Text first (tokenizer, data), then the model and its selectors, then the engine;
 before the first step. `Run` holds the pieces, `training.run` lets them work.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,9 @@ from megatron_sat.sparsity.schedule import build_schedule
 from megatron_sat.training.only import NewRows, count_trained, freeze_all_but_vocabulary, train_only
 from megatron_sat.vocab.report import first_new_token
 
+GRAIN = 64
+"""Positions to whose multiples a micro-batch of padded examples is cut: few lengths, and none that kernels dislike."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -52,6 +56,8 @@ class Run:
     controller: Controller
     shape: ModelShape
     plan: Plan
+    grain: int | None = None
+    """Padding that all samples of a micro-batch have is cut off, to a multiple of this; None: it is left."""
     new_rows: NewRows | None = None
     """What alone is trained; None: everything."""
 
@@ -121,6 +127,7 @@ def build_run(config: Config) -> Run:
         controller=controller,
         shape=shape,
         plan=plan_of(config, shape=shape, epochs=datasets.epochs),
+        grain=_grain(config),
         new_rows=rows,
     )
 
@@ -160,6 +167,17 @@ def _new_rows(
     return NewRows(
         parameters=freeze_all_but_vocabulary(chunks), first=first, last=tokenizer.vocab_size, tp_rank=layout.tp_rank
     )
+
+
+def _grain(config: Config) -> int | None:
+    """Padded examples alone need no whole window; but stages of a pipeline agree on one length beforehand."""
+    parallel = config.parallel
+    if config.sft is None or config.sft.packing or parallel.pipeline > 1:
+        return None
+    ranks = (2 * parallel.context if parallel.context > 1 else 1) * (
+        parallel.tensor if parallel.sequence_parallel else 1
+    )
+    return math.lcm(GRAIN, ranks)
 
 
 def _device() -> torch.device:

@@ -39,7 +39,7 @@ from megatron_sat.training.guard import Finding, Guard
 from megatron_sat.training.imported import check_import
 from megatron_sat.training.loop import Extent, Moments, Progress, train
 from megatron_sat.training.metrics import Meter, StepFigures, Totals, open_sinks
-from megatron_sat.training.reading import Reader
+from megatron_sat.training.reading import Reader, order_of
 from megatron_sat.training.requests import Requests, Wish
 from megatron_sat.training.response import BadStep, Response, Samples, worst_micro_batch
 from megatron_sat.training.state import restore_choices, whole_choices, whole_visits
@@ -89,7 +89,9 @@ class Session:
         self.run, self.config = run, run.config
         self.meter = Meter(num_devices=dist.get_world_size())
         training = self.config.training
-        self.reader = Reader(layout=run.layout, device=run.device, micro_batch_size=training.micro_batch_size)
+        self.reader = Reader(
+            layout=run.layout, device=run.device, micro_batch_size=training.micro_batch_size, grain=run.grain
+        )
         self.requests = Requests(self.folder if dist.get_rank() == 0 else None)
         self.wish = Wish.NOTHING
         introduce(run)
@@ -161,8 +163,10 @@ class Session:
         )
         self.wish = Wish(int(wish))
         self.response.settle(step, finding=Finding(int(finding)), result=result, where=lambda: self._culprits(step))
-        planned = run.plan.at(step)
-        tokens = self.config.training.global_batch_size * self.config.model.seq_length
+        planned, length = run.plan.at(step), self.config.model.seq_length
+        assert run.datasets.train is not None
+        tokens = self.reader.positions(run.datasets.train, samples=self._samples(step), seq_length=length)
+        share = tokens / (self.config.training.global_batch_size * length)
         self.meter.add(
             StepFigures(
                 step=step,
@@ -174,7 +178,7 @@ class Session:
                 tokens=tokens,
                 nominal_rate=float(planned.rung.rate),
                 omission_rates=run.controller.omission_rates(step),
-                executed_flops=planned.flops,
+                executed_flops=planned.flops * share,
                 dense_flops=step_flops(run.shape, whole(run.shape), tokens=tokens),
             )
         )
@@ -234,8 +238,14 @@ class Session:
 
     # -- steps that cannot be trusted
 
+    def _samples(self, step: int) -> range:
+        """Those of a step of this process, in the global order."""
+        batch = self.config.training.global_batch_size
+        first = self.progress.consumed_samples + (step - 1 - self.progress.iteration) * batch
+        return range(first, first + batch)
+
     def _culprits(self, step: int) -> str:
-        batch, datasets = self.config.training.global_batch_size, self.run.datasets
+        datasets = self.run.datasets
         assert datasets.train is not None
         return worst_micro_batch(
             self.run.engine,
@@ -246,7 +256,7 @@ class Session:
                 micro_batch_size=self.config.training.micro_batch_size,
                 dp_size=self.run.layout.dp_size,
             ),
-            first=self.progress.consumed_samples + (step - 1 - self.progress.iteration) * batch,
+            first=self._samples(step).start,
         )
 
     def _rolled_back(self) -> int | None:
@@ -262,16 +272,8 @@ class Session:
 
     @property
     def _order(self) -> dict[str, Any]:
-        """What decides which sample comes when; an exact resume needs it unchanged. The digest covers the rest."""
         training, data = self.config.training, self.config.data
-        return {
-            "--global-batch-size": training.global_batch_size,
-            "--train-iters x --global-batch-size": training.train_iters * training.global_batch_size,
-            "--seq-length": data.seq_length,
-            "--seed": data.seed,
-            "shares": {holding.name: holding.share for holding in self.run.datasets.survey.train},
-            "order": self.run.datasets.order,
-        }
+        return order_of(self.run.datasets, training=training, seq_length=data.seq_length, seed=data.seed)
 
     def _resumed(self) -> Progress:
         """Load what ``--load`` names, if there is something. Raises ValueError where it does not fit."""

@@ -7,8 +7,10 @@ sample, also when the number of data-parallel ranks has changed.
 """
 
 from collections.abc import Iterator, Sized
-from typing import Any, cast
+from functools import partial
+from typing import Any, Protocol, cast, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -48,6 +50,19 @@ class MicroBatchSampler(Sampler[list[int]]):
         return max(0, (self._stop - self._start) // self._stride)
 
 
+@runtime_checkable
+class Padded(Protocol):
+    """A data set that knows how much of each sample is no padding."""
+
+    filled: np.ndarray
+    """[samples] i64: positions."""
+
+
+def padded_to(longest: np.ndarray, *, grain: int, size: int) -> np.ndarray:
+    """Positions that micro-batches keep whose longest samples fill so many: a multiple of ``grain``, or ``size``."""
+    return np.minimum(-(-longest // grain) * grain, size)
+
+
 def build_train_iterator(
     dataset: Dataset,
     *,
@@ -57,10 +72,12 @@ def build_train_iterator(
     consumed_samples: int,
     num_workers: int,
     device: torch.device,
+    grain: int | None = None,
 ) -> Iterator[Batch]:
     """This rank's micro-batches of training, in order, on ``device``; [b, s] each.
 
-    consumed_samples: samples that all ranks together have trained on. num_workers: processes that read ahead.
+    consumed_samples: samples that all ranks together have trained on. num_workers: processes that read ahead. grain:
+    cut the padding off that all samples of a micro-batch have, to a multiple of this; None: leave it.
     Raises ValueError when the data set has no micro-batch left for every rank.
     """
     total = len(cast(Sized, dataset))
@@ -76,7 +93,7 @@ def build_train_iterator(
             f"consumed_samples ({consumed_samples}) must leave {micro_batch_size * dp_size} of the {total} "
             "training samples, one micro-batch a rank; train for more iterations"
         )
-    return _load(dataset, sampler=sampler, num_workers=num_workers, device=device)
+    return _load(dataset, sampler=sampler, num_workers=num_workers, device=device, grain=grain)
 
 
 class EvaluationBatches:
@@ -101,6 +118,7 @@ class EvaluationBatches:
         num_workers: int,
         device: torch.device,
         multiple: int = 1,
+        grain: int | None = None,
     ) -> None:
         total = len(cast(Sized, dataset))
         self.num_samples = total if max_samples is None else min(total, max_samples)
@@ -114,13 +132,19 @@ class EvaluationBatches:
         self._sampler = MicroBatchSampler(
             filled, micro_batch_size=micro_batch_size, dp_rank=dp_rank, dp_size=dp_size, consumed_samples=0
         )
-        self._num_workers, self._device = num_workers, device
+        self._num_workers, self._device, self._grain = num_workers, device, grain
 
     def __len__(self) -> int:
         return len(self._sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _load(self._dataset, sampler=self._sampler, num_workers=self._num_workers, device=self._device)
+        return _load(
+            self._dataset,
+            sampler=self._sampler,
+            num_workers=self._num_workers,
+            device=self._device,
+            grain=self._grain,
+        )
 
 
 def bounds_of(segments: Tensor) -> Tensor:
@@ -178,14 +202,14 @@ def cut_for_context_parallel(batch: Batch, *, cp_rank: int, cp_size: int) -> Bat
 
 
 def _load(
-    dataset: Dataset, *, sampler: MicroBatchSampler, num_workers: int, device: torch.device
+    dataset: Dataset, *, sampler: MicroBatchSampler, num_workers: int, device: torch.device, grain: int | None
 ) -> Iterator[Batch]:
     on_gpu = device.type == "cuda"
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, grain=grain),
         pin_memory=on_gpu,
         multiprocessing_context="fork" if num_workers else None,  # data sets hold memory maps and tokenizers
         generator=torch.Generator(),  # the default one is the model's dropout's, and would be drawn from
@@ -194,8 +218,13 @@ def _load(
         yield {name: tensor.to(device, non_blocking=on_gpu) for name, tensor in batch.items()}
 
 
-def _collate(samples: list[Batch]) -> Batch:
+def _collate(samples: list[Batch], *, grain: int | None) -> Batch:
     batch = {name: torch.stack([sample[name] for sample in samples]) for name in FIELDS}
-    if SEGMENTS in samples[0]:
-        batch[BOUNDS] = bounds_of(torch.stack([sample[SEGMENTS] for sample in samples]))
-    return batch
+    if SEGMENTS not in samples[0]:
+        return batch
+    segments = torch.stack([sample[SEGMENTS] for sample in samples])
+    if grain is not None:
+        longest = (segments > 0).sum(1).max().numpy()
+        kept = int(padded_to(longest, grain=grain, size=segments.size(1)))
+        batch, segments = {name: whole[:, :kept] for name, whole in batch.items()}, segments[:, :kept]
+    return {**batch, BOUNDS: bounds_of(segments)}

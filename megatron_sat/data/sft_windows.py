@@ -72,6 +72,9 @@ class Windows(Dataset[Batch]):
         self._firsts = np.cumsum([0, *(len(each) for each in domains)])
         self._members = np.concatenate(windows)
         self._ends = np.cumsum([len(window) for window in windows])
+        lengths = np.concatenate([each.lengths for each in domains])[self._members]
+        self.filled = np.add.reduceat(lengths, self._ends - [len(window) for window in windows])
+        """[samples] i64: positions of each that are no padding; they come first."""
 
     def __len__(self) -> int:
         return len(self._ends)

@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_sat.data.batch import BOUNDS, FIELDS, EvaluationBatches, bounds_of, build_train_iterator
+from megatron_sat.data.batch import BOUNDS, FIELDS, EvaluationBatches, bounds_of, build_train_iterator, padded_to
 from megatron_sat.data.blend import DataConfig, Datasets
 from megatron_sat.data.domains import parse_domains
 from megatron_sat.data.prepare import prepare_lines
@@ -18,6 +19,7 @@ from megatron_sat.data.sft_template import build_template
 from megatron_sat.data.survey import inspect
 from megatron_sat.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_sat.data.whereabouts import Whereabouts, whereabouts
+from megatron_sat.training.reading import Reader
 
 EOD = 999
 SIZE = 12
@@ -174,6 +176,24 @@ def test_an_evaluation_counts_every_response_once(ids, examples):
     ranks = [EvaluationBatches(built.valid["v"], dp_rank=rank, dp_size=2, **how) for rank in range(2)]
     counted = sum(float(batch["loss_mask"].sum()) for each in ranks for batch in each)
     assert counted == sum(len(learnt) for _, learnt in expected(PAIRS))
+
+
+def test_padding_is_cut_where_all_samples_of_a_micro_batch_have_it(ids, examples):
+    built = build(ids, samples=6, sft=SFTConfig(packing=False), train_data_path=(examples("a", PAIRS),))
+    how = {"dp_rank": 0, "dp_size": 1, "consumed_samples": 0, "micro_batch_size": 2, "num_workers": 0}
+    how["device"] = torch.device("cpu")
+    whole, cut = (list(build_train_iterator(built.train, **how, grain=grain)) for grain in (None, 4))
+    reader = Reader(layout=None, device=how["device"], micro_batch_size=2, grain=4)
+    for number, (padded, short) in enumerate(zip(whole, cut, strict=True)):
+        longest = max(len(read) - 1 for i in (0, 1) for read, _ in taken_apart(built.train[2 * number + i]))
+        size = {1: 4, 2: 8}[-(-longest // 4)]
+        assert all(torch.equal(short[name], padded[name][:, :size]) for name in FIELDS)
+        assert int(short[BOUNDS][1].sum()) == 2
+        samples = range(2 * number, 2 * number + 2)
+        assert reader.positions(built.train, samples=samples, seq_length=SIZE) == 2 * size
+    assert {batch["tokens"].size(1) for batch in cut} == {4, 8}
+    assert padded_to(np.array([9]), grain=8, size=SIZE) == [SIZE]
+    assert replace(reader, grain=None).positions(built.train, samples=range(4), seq_length=SIZE) == 4 * SIZE
 
 
 def test_epochs_become_whole_updates(examples):

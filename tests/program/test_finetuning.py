@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from torch.testing import assert_close
 
+from megatron_sat import build
 from megatron_sat.data.prepare import prepare_lines
 from megatron_sat.data.sft_encode import ChatOptions, chat_job
 from megatron_sat.data.sft_template import build_template
 from megatron_sat.data.tokenizer import build_tokenizer
-from tests.helpers.program import SPARSE, TOKENIZER, Text, Trained, start, trained
+from tests.helpers.program import SPARSE, TOKENIZER, Text, Trained, read_records, start, trained
 from tests.helpers.tolerances import EXACT, RUN_LOSS, RUN_NORM
 from tests.helpers.zero_engine import load_library, needs_deepspeed
 from tests.program.test_layouts import OURS, OVERLAPPED, PP, TP, WIDE, assert_same_run
@@ -124,6 +125,31 @@ def test_deepspeed_fine_tunes_as_megatrons_engine_does(stage: int, tune: Callabl
     load_library()
     flags = f"{SPARSE} --engine deepspeed --zero-stage {stage}"
     assert_same_run(tune(flags, 2), tune(f"{SPARSE} {WIDE}"))
+
+
+LONG = "--seq-length 256 --max-position-embeddings 256 --no-sft-packing"
+
+
+@pytest.mark.parametrize("layout", [None, "tp 2, sequence parallel", "cp 2", "pp 2, interleaved"])
+def test_padding_that_a_micro_batch_has_in_common_is_cut_off_and_changes_nothing(
+    text: Text, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str | None
+) -> None:
+    ranks, flags, _ = LAYOUTS[layout] if layout else (1, "", "")
+    argv = command(text, instructions, f"{SPARSE} {LONG} {flags} --train-iters 5 --eval-iters 3")
+
+    def tokens(name: str) -> list[int]:
+        return [record["consumed_tokens"] for record in read_records(tmp_path / name)]
+
+    cut = trained(argv, tmp_path / "cut.jsonl", ranks=ranks)
+    monkeypatch.setattr(build, "GRAIN", 256)
+    whole = trained(argv, tmp_path / "whole.jsonl", ranks=ranks)
+    assert_close(cut.losses, whole.losses, **RUN_LOSS)
+    assert_close(cut.norms, whole.norms, **RUN_NORM)
+    assert_close(cut.validation, whole.validation, **RUN_LOSS)
+    assert cut.visits == whole.visits
+    assert tokens("whole.jsonl") == [8 * 256 * step for step in range(1, 6)]
+    kept = 256 if layout == "pp 2, interleaved" else 64  # stages agree on one length beforehand
+    assert tokens("cut.jsonl") == [8 * kept * step for step in range(1, 6)]
 
 
 def test_another_order_of_examples_is_told_apart(tune: Callable[..., Trained]) -> None:
