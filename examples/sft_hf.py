@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Supervised fine-tuning with transformers' Trainer: full, SAT, LoRA or (IA)³, from a model's folder to another.
+"""Supervised fine-tuning with transformers' Trainer: full, SAT, SPDF, LoRA or (IA)³, from a model's folder to another.
 
     sft_hf.py --model DIR --data FILE.. --valid-data FILE.. --save DIR --method sat [--deepspeed FILE]
     torchrun --nproc-per-node 8 sft_hf.py ...
@@ -29,16 +29,27 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from megatron_sat.baselines.peft import (
     IA3_LEARNING_RATE,
+    LINEAR,
     LORA_LEARNING_RATE,
     LORA_RANKS,
     merged,
     with_ia3,
     with_lora,
 )
+from megatron_sat.baselines.spdf import RATE as SPDF_RATE
+from megatron_sat.baselines.spdf import Spdf
 from megatron_sat.data.jsonl import Lines, find_inputs
 from megatron_sat.data.sft_encode import ChatOptions, encode_examples, read
 from megatron_sat.data.sft_template import Template, build_template
@@ -48,9 +59,8 @@ from megatron_sat.log import say
 from megatron_sat.sparsity.schedule import Schedule, ScheduleConfig, build_schedule, parse_rate
 from megatron_sat.sparsity.selector import SelectionConfig
 
-NOT_LEARNT = -100
-"""transformers' label of a token that is in no loss."""
-LEARNING_RATES = {"full": 1e-5, "sat": 1e-5, "lora": LORA_LEARNING_RATE, "ia3": IA3_LEARNING_RATE}
+NOT_LEARNT = -100  # transformers' label of a token that is in no loss
+LEARNING_RATES = {"full": 1e-5, "sat": 1e-5, "spdf": 1e-5, "lora": LORA_LEARNING_RATE, "ia3": IA3_LEARNING_RATE}
 SAT_ONLY: dict[str, Any] = {
     "sat_omission_rate": Fraction(24, 25),
     "sat_schedule_start": None,
@@ -63,7 +73,9 @@ SAT_ONLY: dict[str, Any] = {
     "sat_channel_multiple": None,
 }
 """Flags of --method sat and their defaults; start: half of the steps; multiple: 128 on a GPU, as everywhere here."""
+SPDF_ONLY: dict[str, Any] = {"spdf_rate": SPDF_RATE, "spdf_until": None}
 LORA_ONLY: dict[str, Any] = {"lora_rank": LORA_RANKS[0]}
+FLAGS_OF = {"sat": SAT_ONLY, "spdf": SPDF_ONLY, "lora": LORA_ONLY}
 Example = dict[str, Tensor]
 
 
@@ -76,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     held_out = read_examples(args.valid_data, template=template, max_tokens=args.max_tokens, said="--valid-data")
     steps = args.train_iters or args.epochs * math.ceil(len(train_set) / args.global_batch_size)
     arguments = trainer_arguments(args, steps=steps)  # before the model: ZeRO-3 reads it in shards
+    set_seed(args.seed)  # LoRA's A is random
     model, callbacks = build_model(args, steps=steps)
     fill = tokenizer.pad if tokenizer.pad != NO_TOKEN else tokenizer.eod
     trainer = Trainer(
@@ -112,9 +125,23 @@ def build_model(args: argparse.Namespace, *, steps: int) -> tuple[Any, list[Trai
     if args.method == "sat":
         sparse = sparsify(model, schedule=schedule(args, steps=steps), selection=selection(args))
         return model, [SatCallback(sparse, pack=args.deepspeed is None)]
+    if args.method == "spdf":
+        weights = [module.weight for name, module in model.named_modules() if name.rpartition(".")[2] in LINEAR]
+        until = steps // 2 if args.spdf_until is None else args.spdf_until
+        return model, [StepsOf(Spdf(weights, rate=args.spdf_rate, until=until))]
     if args.method == "lora":
         return with_lora(model, rank=args.lora_rank), []
     return with_ia3(model) if args.method == "ia3" else model, []
+
+
+class StepsOf(TrainerCallback):
+    """Tells SPDF which step begins."""
+
+    def __init__(self, spdf: Spdf) -> None:
+        self.spdf = spdf
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.spdf.begin_step(state.global_step + 1)
 
 
 # -- flags
@@ -134,8 +161,7 @@ def read_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train-iters", type=int, help="updates, in place of --epochs")
     parser.add_argument("--global-batch-size", type=int, default=128, help="examples of an update")
     parser.add_argument("--micro-batch-size", type=int, default=1, help="examples of a forward")
-    rates = ", ".join(f"{method} {rate:g}" for method, rate in LEARNING_RATES.items())
-    parser.add_argument("--lr", type=float, help=f"the highest; without it {rates}")
+    parser.add_argument("--lr", type=float, help=f"the highest; without it {LEARNING_RATES}")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--attention", default="sdpa", help="transformers' attn_implementation")
     parser.add_argument("--bf16", action="store_true", help="compute in bf16; weights stay fp32")
@@ -144,6 +170,8 @@ def read_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--save-interval", type=int, help="steps between checkpoints; none without")
     parser.add_argument("--resume", type=str, help="a checkpoint's folder")
     parser.add_argument("--lora-rank", type=int, help=f"the paper: {LORA_RANKS}")
+    parser.add_argument("--spdf-rate", type=parse_rate, help=f"share of each matrix that is zero; {SPDF_RATE}")
+    parser.add_argument("--spdf-until", type=int, help="last step with zeros; half of the steps")
     sat = parser.add_argument_group("SAT", "as in docs/flags.md")
     sat.add_argument("--sat-omission-rate", type=parse_rate)
     sat.add_argument("--sat-schedule-start", type=int)
@@ -155,7 +183,7 @@ def read_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     sat.add_argument("--sat-gqa")
     sat.add_argument("--sat-channel-multiple", type=int)
     args = parser.parse_args(argv)
-    for method, mine in (("sat", SAT_ONLY), ("lora", LORA_ONLY)):
+    for method, mine in FLAGS_OF.items():
         for name, default in mine.items():
             given = getattr(args, name)
             if given is None and args.method == method:
@@ -301,7 +329,7 @@ def save(trainer: Trainer, args: argparse.Namespace) -> None:
     """The model and its tokenizer in --save; of LoRA and (IA)³ the learned part in adapter/, and merged the model."""
     library = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
     model: Any = trainer.model
-    if args.method in ("full", "sat"):
+    if args.method in ("full", "sat", "spdf"):
         trainer.save_model(str(args.save))
     else:
         trainer.save_model(str(args.save / "adapter"))

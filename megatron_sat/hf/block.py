@@ -132,6 +132,7 @@ class SparseBlock:
     def _behind(self, module: Module, args: tuple[Any, ...], output: Any) -> None:
         self._cut(None)
 
+    @torch.no_grad()  # a tensor saved for a backward here would be missing in recomputation, which finds it chosen
     def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kept | None:
         assert self.selector is not None
         tokens: Tensor = args[0] if args else kwargs["hidden_states"]

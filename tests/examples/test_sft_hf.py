@@ -26,6 +26,7 @@ RECORDS: list[dict[str, Any]] = [
     {"conversations": [{"from": "human", "value": "is"}, {"from": "gpt", "value": "in"}]},
     {"instruction": "in my", "output": "soul soul"},
 ]
+WHOLE = ("full", "sat", "spdf")
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -64,17 +65,17 @@ def literal_loss(model: Any, place: Path) -> float:
     return lost / count
 
 
-@pytest.mark.parametrize("method", ["full", "sat", "lora", "ia3"])
+@pytest.mark.parametrize("method", ["full", "sat", "spdf", "lora", "ia3"])
 def test_a_method_trains_and_leaves_a_plain_model_and_its_report(method: str, place: Path) -> None:
     before = literal_loss(AutoModelForCausalLM.from_pretrained(place / "model"), place)
     report = main(flags(place, method))
     trained = AutoModelForCausalLM.from_pretrained(place / "out")
     assert json.loads((place / "out" / "report.json").read_text()) == report
     assert report["held-out loss"] == pytest.approx(literal_loss(trained, place), rel=1e-5)
-    assert report["held-out loss"] < before - (0.1 if method in ("full", "sat") else 0.001)
+    assert report["held-out loss"] < before - (0.1 if method in WHOLE else 0.001)
     assert report["steps"] == 3 * math.ceil(len(RECORDS) / 2)
     assert (report["trained parameters"] == sum(p.numel() for p in trained.parameters())) is (
-        method in ("full", "sat")
+        method in WHOLE
     )
     assert "memory" in report["peak memory"] and report["seconds"] > 0
     assert AutoTokenizer.from_pretrained(place / "out").chat_template == CHATML
@@ -84,11 +85,30 @@ def test_a_method_trains_and_leaves_a_plain_model_and_its_report(method: str, pl
 def test_the_methods_are_different_trainings(place: Path) -> None:
     """The negative control; and rate 0 is full fine-tuning."""
     losses = {}
-    for name, method in {"full": "full", "sat": "sat", "dense": "sat", "lora": "lora"}.items():
-        more = ["--sat-omission-rate", "0"] if name == "dense" else []
-        losses[name] = main(flags(place, method, *more))["held-out loss"]
-    assert losses["dense"] == losses["full"]
-    assert len(set(losses.values())) == 3
+    ways = {"full": [], "sat": [], "sat 0": ["--sat-omission-rate", "0"], "spdf": [], "spdf 0": ["--spdf-rate", "0"]}
+    for name, more in (ways | {"lora": [], "ia3": []}).items():
+        losses[name] = main(flags(place, name.split()[0], *more))["held-out loss"]
+    assert losses["sat 0"] == losses["spdf 0"] == losses["full"]
+    assert len(set(losses.values())) == len(losses) - 2
+
+
+def test_spdf_leaves_half_of_each_matrix_zero_until_its_last_sparse_step(place: Path) -> None:
+    zeros = []
+    for until in ("4", "3"):
+        main(flags(place, "spdf", "--train-iters", "4", "--spdf-until", until))
+        trained = AutoModelForCausalLM.from_pretrained(place / "out")
+        zeros.append({(layer.weight == 0).float().mean().item() for layer in linear_layers(trained)})
+    assert zeros == [{0.5}, {0.0}]
+
+
+def linear_layers(model: Any) -> list[Any]:
+    return [module for name, module in model.named_modules() if name.endswith("_proj")]
+
+
+@pytest.mark.parametrize("method", ["sat", "lora", "ia3"])
+def test_recomputation_changes_no_method(method: str, place: Path) -> None:
+    argv = flags(place, method, "--train-iters", "2")
+    assert main(argv)["held-out loss"] == main([*argv, "--recompute"])["held-out loss"]
 
 
 def test_only_responses_and_their_end_are_learnt(place: Path) -> None:
@@ -165,6 +185,7 @@ def test_deepspeed_on_processes_that_accelerate_does_not_know_of_is_an_error(pla
     ("method", "more", "said"),
     [
         ("full", ["--sat-rungs", "2"], "--sat-rungs has no effect with --method full, got 2; leave it out"),
+        ("lora", ["--spdf-until", "3"], "--spdf-until has no effect with --method lora, got 3; leave it out"),
         ("sat", ["--lora-rank", "8"], "--lora-rank has no effect with --method sat, got 8; leave it out"),
     ],
 )
