@@ -20,6 +20,7 @@ uninterrupted one.
 On a GPU, packing and unpacking have a stream of their own where Megatron overlaps reduction and backward.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, chain, pairwise, zip_longest
@@ -44,6 +45,14 @@ PADDING = 1.05
 _Finish = Callable[[], object]
 _Start = Callable[[], _Finish]
 """A round: starts to send, and gives what waits for it and puts the sums in place."""
+
+
+def bytes_beside(ranks: int, *, itemsize: int) -> int:
+    """The most that lies beside the gradients for a while: two rounds, packed, and what comes back to an owner.
+
+    ranks: replicas. itemsize: bytes of a gradient's element.
+    """
+    return math.ceil(2 * ROUND * itemsize * (PADDING + 2 / ranks))
 
 
 class SparseReduction:

@@ -23,6 +23,7 @@ from megatron_sat.data.index_file import bin_path, idx_path
 from megatron_sat.data.sft import count_epochs
 from megatron_sat.data.survey import epochs_per_domain
 from megatron_sat.data.tokenizer import build_tokenizer
+from megatron_sat.engines.sparse_reduce import bytes_beside
 from megatron_sat.engines.zero_settings import offloads
 from megatron_sat.flags.defaults import Machine
 from megatron_sat.model.flops import ModelShape
@@ -126,7 +127,7 @@ def memory_of(config: Config, *, shape: ModelShape, plan: Plan) -> Memory:
             sequence_parallel=parallel.sequence_parallel,
         ),
         size=Bytes(weight=weight, gradient=gradient, optimizer=_optimizer_bytes(config, weight=weight)),
-        shards=_shards(config, weight=weight),
+        shards=_shards(config, weight=weight, gradient=gradient),
         work=Work(
             micro_batch_size=config.training.micro_batch_size,
             num_micro_batches=config.training.num_micro_batches,
@@ -156,11 +157,14 @@ def layers_by_rank(config: Config) -> tuple[int, ...]:
     return tuple(base + (rank < more) for rank in range(ranks))
 
 
-def _shards(config: Config, *, weight: int) -> Shards:
+def _shards(config: Config, *, weight: int, gradient: int) -> Shards:
     """Over how many ranks each part of the state lies; DeepSpeed's buffers by its defaults, or its file."""
     replicas = config.parallel.data * config.parallel.context
     if config.engine == "megatron":
-        return Shards(optimizer=replicas if config.settings.get("use_distributed_optimizer") else 1)
+        return Shards(
+            optimizer=replicas if config.settings.get("use_distributed_optimizer") else 1,
+            buffers=bytes_beside(replicas, itemsize=gradient) if config.sparse_reduce else 0,
+        )
     zero = config.deepspeed["zero_optimization"]
     stage = zero["stage"]
     numbers = [zero.get(name, default) for name, default in _BUCKETS.items() if stage == 3 or name in _BUCKETS_BEFORE_3]

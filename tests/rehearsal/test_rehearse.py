@@ -6,6 +6,7 @@ import pytest
 
 from megatron_sat import cli
 from megatron_sat.build import build_run
+from megatron_sat.engines.sparse_reduce import ROUND
 from megatron_sat.pretrain import main
 from megatron_sat.rehearsal.cluster import Cluster
 from megatron_sat.rehearsal.memory import Memory
@@ -147,9 +148,19 @@ def test_the_estimate_of_a_run_knows_its_state_to_the_byte(text: Text) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeeds_stages_divide_the_state(stage: int) -> None:
     config = run(f"--engine deepspeed --zero-stage {stage} --bf16", ranks=4)
-    shards = _shards(config, weight=2)
+    shards = _shards(config, weight=2, gradient=4)
     assert (shards.optimizer, shards.gradients, shards.weights) == (4, 4 if stage > 1 else 1, 4 if stage > 2 else 1)
     assert shards.buffers >= 10**9
+
+
+@pytest.mark.parametrize("sharded", ["", "--use-distributed-optimizer"])
+def test_what_is_packed_for_the_reduction_lies_beside_the_gradients(sharded: str) -> None:
+    without, packing = (
+        _shards(run(f"{LADDER} {sharded} {more}", ranks=4), weight=2, gradient=4)
+        for more in ("", "--sat-sparse-reduce")
+    )
+    assert (without.buffers, without.optimizer) == (0, packing.optimizer)
+    assert 2 * 4 * ROUND < packing.buffers < 4 * 4 * ROUND  # two rounds under way
 
 
 def test_an_optimizer_on_the_host_takes_no_memory_of_the_gpu(tmp_path: Path) -> None:
