@@ -41,9 +41,11 @@ def flash_attention_varlen(*, cuda: bool) -> Kernel | None:
 
 
 def torch_attention_varlen(*, cuda: bool) -> Kernel | None:
-    """torch's own ``varlen_attn``, [t, n, d]; where it takes a window and grouped queries (2.13)."""
+    """torch's own ``varlen_attn``, [t, n, d]; where it takes a window and grouped queries (2.13), from Ampere on."""
     name = "torch.nn.attention.varlen"
     if not cuda or importlib.util.find_spec(name) is None:
+        return None
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
         return None
     kernel: Kernel = importlib.import_module(name).varlen_attn
     return kernel if {"window_size", "enable_gqa"} <= inspect.signature(kernel).parameters.keys() else None

@@ -123,7 +123,8 @@ class SDPACoreAttention(MegatronModule):
     def _takes_bounds(self, query: Tensor) -> bool:
         """Whether a kernel for sequences of many lengths can be used; without one they are told apart by a mask."""
         dropped = self.dropout > 0.0 and self.training  # which torch's has not
-        return self.varlen is not None and query.dtype in FLASH_ATTENTION_DTYPES and not dropped
+        fits = query.dtype in FLASH_ATTENTION_DTYPES and query.size(-1) % 8 == 0 and query.size(-1) <= 256
+        return self.varlen is not None and fits and not dropped
 
     def _attend_end_to_end(self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor) -> Tensor:
         """[s, b, k, d] each, and where sequences begin in b s positions. Returns [s, b, k, d]."""

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_sat.data.batch import bounds_of
 from megatron_sat.distributed import Launch, join, leave
 from megatron_sat.layers.core_attention import SDPACoreAttention
 from megatron_sat.layers.norm import rms_norm
 from tests.helpers.tiny import layout, tiny_config
 from tests.layers.test_core_attention import HEADS, build, tensors, written_out
+from tests.layers.test_packed import SEGMENTS, each_alone
 from tests.layers.twins import Masks, attach, attention_masks, attention_pair, mlp_masks, mlp_pair, step
 
 pytestmark = [
@@ -53,6 +55,21 @@ def test_torchs_flash_kernel_takes_grouped_queries_and_lower_right_masks(heads: 
     query, key, value = (t.detach().bfloat16().double() for t in tensors(heads, groups)[:3])
     expected = written_out(query, key, value)[-last:].bfloat16().float()
     assert_within_rounding(found, expected)
+
+
+@HEADS
+def test_torchs_kernel_for_many_lengths_attends_to_each_sequence_alone(heads: int, groups: int) -> None:
+    """Forward and backward, against a softmax written out; without the kernel a mask would be used."""
+    *inputs, grad = [t.detach().cuda() for t in tensors(heads, groups, torch.bfloat16)]
+    inputs = [t.requires_grad_() for t in inputs]
+    attention = build()
+    assert attention.varlen is not None
+    output = attention(*inputs, bounds_of(SEGMENTS).cuda())
+    output.backward(grad)
+    found = [output, *(t.grad for t in inputs)]
+    for tensor, expected in zip(found, each_alone(heads, groups, torch.bfloat16), strict=True):
+        difference = (tensor.float().cpu() - expected.float()).norm()
+        assert difference < 4 * torch.finfo(torch.bfloat16).eps * expected.float().norm()
 
 
 def run_there(module: nn.Module, rest: dict[str, Any]) -> dict[str, Tensor]:

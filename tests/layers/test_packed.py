@@ -166,6 +166,10 @@ def test_a_torch_without_the_kernel_or_with_an_older_one_goes_without(monkeypatc
     assert available.torch_attention_varlen(cuda=True) is None
     module.__dict__["varlen_attn"] = torchs_varlen
     assert available.torch_attention_varlen(cuda=True) is torchs_varlen
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, kernel in (((7, 5), None), ((9, 0), torchs_varlen)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert available.torch_attention_varlen(cuda=True) is kernel
     assert available.flash_attention_varlen(cuda=False) is None
 
 
