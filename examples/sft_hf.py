@@ -71,8 +71,14 @@ SAT_ONLY: dict[str, Any] = {
     "sat_selection_interval": 1,
     "sat_gqa": "group",
     "sat_channel_multiple": None,
+    "sat_omitted_neurons": "optimizer",
 }
 """Flags of --method sat and their defaults; start: half of the steps; multiple: 128 on a GPU, as everywhere here."""
+SAT_KINDS: dict[str, Any] = dict.fromkeys(SAT_ONLY, str) | {
+    "sat_omission_rate": parse_rate,
+    "sat_temperature": float,
+    **dict.fromkeys(("sat_schedule_start", "sat_rungs", "sat_selection_interval", "sat_channel_multiple"), int),
+}
 SPDF_ONLY: dict[str, Any] = {"spdf_rate": SPDF_RATE, "spdf_until": None}
 LORA_ONLY: dict[str, Any] = {"lora_rank": LORA_RANKS[0]}
 FLAGS_OF = {"sat": SAT_ONLY, "spdf": SPDF_ONLY, "lora": LORA_ONLY}
@@ -124,7 +130,8 @@ def build_model(args: argparse.Namespace, *, steps: int) -> tuple[Any, list[Trai
     )
     if args.method == "sat":
         sparse = sparsify(model, schedule=schedule(args, steps=steps), selection=selection(args))
-        return model, [SatCallback(sparse, pack=args.deepspeed is None)]
+        pack = args.deepspeed is None  # it reduces each micro-batch's gradient
+        return model, [SatCallback(sparse, pack=pack, omitted_neurons=args.sat_omitted_neurons)]
     if args.method == "spdf":
         weights = [module.weight for name, module in model.named_modules() if name.rpartition(".")[2] in LINEAR]
         until = steps // 2 if args.spdf_until is None else args.spdf_until
@@ -173,15 +180,8 @@ def read_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--spdf-rate", type=parse_rate, help=f"share of each matrix that is zero; {SPDF_RATE}")
     parser.add_argument("--spdf-until", type=int, help="last step with zeros; half of the steps")
     sat = parser.add_argument_group("SAT", "as in docs/flags.md")
-    sat.add_argument("--sat-omission-rate", type=parse_rate)
-    sat.add_argument("--sat-schedule-start", type=int)
-    sat.add_argument("--sat-rungs", type=int)
-    sat.add_argument("--sat-importance")
-    sat.add_argument("--sat-selection")
-    sat.add_argument("--sat-temperature", type=float)
-    sat.add_argument("--sat-selection-interval", type=int)
-    sat.add_argument("--sat-gqa")
-    sat.add_argument("--sat-channel-multiple", type=int)
+    for name, kind in SAT_KINDS.items():
+        sat.add_argument("--" + name.replace("_", "-"), type=kind)
     args = parser.parse_args(argv)
     for method, mine in FLAGS_OF.items():
         for name, default in mine.items():

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from megatron_sat.hf import state as saved_state
+from megatron_sat.hf.frozen import Freezer
 from megatron_sat.hf.model import SparseModel
 
 _CUT_OTHERWISE = (DistributedType.FSDP, DistributedType.XLA, DistributedType.MEGATRON_LM)
@@ -23,9 +24,16 @@ _CUT_OTHERWISE = (DistributedType.FSDP, DistributedType.XLA, DistributedType.MEG
 class SatCallback(TrainerCallback, ExportableState):
     """Give it to the Trainer that trains ``sparse.model``: ``Trainer(..., callbacks=[SatCallback(sparse)])``."""
 
-    def __init__(self, sparse: SparseModel, *, pack: bool = True) -> None:
-        """pack: cut each weight once a step, for all its micro-batches; False: in each of them, as DeepSpeed needs."""
-        self.sparse, self.pack = sparse, pack
+    def __init__(self, sparse: SparseModel, *, pack: bool = True, omitted_neurons: str = "optimizer") -> None:
+        """pack: cut each weight once a step, for all its micro-batches; False: in each of them, as DeepSpeed needs.
+
+        omitted_neurons: what an update does to them: optimizer (a zero gradient), or frozen (nothing, eq. 2).
+        Raises ValueError for another word.
+        """
+        if omitted_neurons not in ("optimizer", "frozen"):
+            raise ValueError(f"omitted_neurons must be one of optimizer, frozen, got {omitted_neurons!r}")
+        self.sparse, self.pack, self.frozen = sparse, pack, omitted_neurons == "frozen"
+        self._freezer: Freezer | None = None
 
     # -- before the first step
 
@@ -33,13 +41,13 @@ class SatCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what the arguments alone tell. Raises ValueError."""
-        _refuse(args, pack=self.pack)
+        _refuse(args, pack=self.pack, frozen=self.frozen)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what is known only now, and take over the choices of a checkpoint. Raises ValueError."""
-        _refuse(args, pack=self.pack)  # a callback that was added late has not seen the beginning
+        _refuse(args, pack=self.pack, frozen=self.frozen)  # a callback that was added late has not seen the beginning
         self.sparse.abandon()  # of an attempt that ran out of memory, as auto_find_batch_size makes them
         last = self.sparse.schedule.last_step
         if last != state.max_steps:
@@ -61,6 +69,10 @@ class SatCallback(TrainerCallback, ExportableState):
         saved: Any = state.stateful_callbacks  # by a callback's name what its `state` gave
         if state.global_step and type(self).__name__ in saved:
             saved_state.load(self.sparse, saved[type(self).__name__]["attributes"])
+        self._thaw()
+        if self.frozen:
+            optimizer = kwargs["optimizer"]
+            self._freezer = self.sparse.freeze_omitted(getattr(optimizer, "optimizer", optimizer))  # in accelerate's
 
     # -- a step
 
@@ -82,6 +94,12 @@ class SatCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Nothing stays open where training ended in the middle of a step."""
         self.sparse.abandon()
+        self._thaw()
+
+    def _thaw(self) -> None:
+        if self._freezer is not None:
+            self._freezer.remove()
+        self._freezer = None
 
     # -- what is said and saved
 
@@ -107,7 +125,7 @@ class SatCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": saved_state.save(self.sparse)}
 
 
-def _refuse(args: TrainingArguments, *, pack: bool) -> None:
+def _refuse(args: TrainingArguments, *, pack: bool, frozen: bool) -> None:
     """Settings under which a choice could not be made, not be shared, or not be obeyed."""
     if args.n_gpu > 1:
         raise ValueError(
@@ -134,6 +152,11 @@ def _refuse(args: TrainingArguments, *, pack: bool) -> None:
         raise ValueError(
             "restore_callback_states_from_checkpoint must be off: it would build this callback anew without its model; "
             "leave it out, the callback restores its choices by itself"
+        )
+    if frozen and here.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "omitted_neurons must be optimizer with deepspeed, whose optimizers keep their state elsewhere, got frozen;"
+            " use DDP, or finetune_sat.py --engine deepspeed --sat-omitted-neurons frozen"
         )
     if pack and here.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(

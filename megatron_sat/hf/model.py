@@ -8,17 +8,19 @@ The mathematics, and every setting, are those of `megatron_sat.sparsity`; docs/m
 noise is drawn by (seed, step, layer, neuron) as everywhere else in this program.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
+from torch.optim import Optimizer
 
 from megatron_sat.hf.block import Moment, SparseBlock
 from megatron_sat.hf.family import Part, parts_of
-from megatron_sat.sparsity.controller import Controller
+from megatron_sat.hf.frozen import Freezer
+from megatron_sat.sparsity.controller import Controller, Entry
 from megatron_sat.sparsity.neurons import Channels
 from megatron_sat.sparsity.schedule import Schedule
 from megatron_sat.sparsity.selection import keep_count
@@ -129,6 +131,21 @@ class SparseModel:
     @property
     def is_open(self) -> bool:
         return self._open is not None
+
+    def freeze_omitted(self, optimizer: Optimizer) -> Freezer:
+        """From now on an update leaves what its step omits bit for bit as it was (``--sat-omitted-neurons frozen``).
+
+        optimizer: torch's own, whose steps are made inside `step`; one outside raises ValueError.
+        """
+        return Freezer(optimizer, entries=self._omitted)
+
+    def _omitted(self) -> Iterable[Entry]:
+        if self._open is None:
+            raise ValueError(
+                "an update that leaves omitted neurons as they were must be made inside its step, none is open; move "
+                "optimizer.step() into the block of sparse.step(), or leave freeze_omitted out"
+            )
+        return self.controller.omitted_entries()
 
     # -- what was done
 

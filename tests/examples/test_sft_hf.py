@@ -86,6 +86,7 @@ def test_the_methods_are_different_trainings(place: Path) -> None:
     """The negative control; and rate 0 is full fine-tuning."""
     losses = {}
     ways = {"full": [], "sat": [], "sat 0": ["--sat-omission-rate", "0"], "spdf": [], "spdf 0": ["--spdf-rate", "0"]}
+    ways["sat frozen"] = ["--sat-omitted-neurons", "frozen"]
     for name, more in (ways | {"lora": [], "ia3": []}).items():
         losses[name] = main(flags(place, name.split()[0], *more))["held-out loss"]
     assert losses["sat 0"] == losses["spdf 0"] == losses["full"]

@@ -59,6 +59,18 @@ def test_recomputation_by_the_trainers_own_flag_changes_no_bit(tmp_path: Path) -
     assert runs[0] == runs[1]
 
 
+def test_in_bf16_packed_weights_are_gathered_ones_to_the_bit(tmp_path: Path) -> None:
+    """Autocast: weights stay fp32, products are bf16. Against fp32 the losses differ by its eight bits."""
+
+    def losses(**how: Any) -> list[float]:
+        trainer, _ = train(*model_and_sparse(constant("1/2", steps=2)), tmp_path, max_steps=2, **how)
+        return logged(trainer, "loss")
+
+    packed, gathered, exact = losses(pack=True, bf16=True), losses(pack=False, bf16=True), losses(bf16=False)
+    assert packed == gathered != exact
+    assert packed[0] == pytest.approx(exact[0], rel=0.05)
+
+
 def test_an_epochs_last_step_may_have_fewer_micro_batches(tmp_path: Path) -> None:
     """Ten texts are five micro-batches: two steps of two and one of one, in each of two epochs."""
     runs = []

@@ -1,5 +1,6 @@
 """What is kept, against literal scores of what the modules saw."""
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from megatron_sat.sparsity.schedule import parse_rate
+from megatron_sat.sparsity.selection import uniform_draw
 from tests.helpers.reference import (
     label_qkv,
     literal_contribution,
@@ -204,6 +206,22 @@ def test_selection_groups_and_multiples_set_the_quotas() -> None:
     with sparse.step(1):
         model(**make_batch())
         assert (chosen(sparse)["mlp.1"] < CHANNELS // 2).sum() == 9
+
+
+def test_the_noise_is_the_programs_own() -> None:
+    """A function of seed, step, layer, kind and neuron: the Megatron program draws the same."""
+    model = make_model()
+    sparse = make_sparse(model, importance="uniform", seed=77)
+    for step in (1, 2):
+        with sparse.step(step):
+            model(**make_batch(step))
+            kept = chosen(sparse)
+        for name, index in kept.items():
+            kind, layer = name.split(".")
+            units = GROUPS if kind == "attention" else CHANNELS
+            drawn = uniform_draw(units, seed=77, step=step, layer=int(layer), kind=kind)
+            keys = [-math.log(-math.log(value)) for value in drawn.tolist()]
+            assert index.tolist() == literal_select(keys, groups=1, keep=units // 2)
 
 
 def test_another_seed_is_another_choice() -> None:

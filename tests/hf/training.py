@@ -109,12 +109,14 @@ def train(
     folder: Path,
     *,
     pack: bool = True,
+    omitted_neurons: str = "optimizer",
     resume: str | None = None,
     **more: Any,
 ) -> tuple[Trainer, list[dict[str, list[int]]]]:
     """A whole run with the callback; the Trainer, and the choices of its steps."""
     choices = Choices(sparse)
-    trainer = make_trainer(model, folder, SatCallback(sparse, pack=pack), choices, **more)
+    callback = SatCallback(sparse, pack=pack, omitted_neurons=omitted_neurons)
+    trainer = make_trainer(model, folder, callback, choices, **more)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, choices.seen
 
@@ -125,10 +127,17 @@ def logged(trainer: Trainer, name: str) -> list[float]:
 
 
 def written_out(
-    model: PreTrainedModel, batches: list[dict[str, Tensor]], sparse: SparseModel | None, *, accumulate: int = 2
+    model: PreTrainedModel,
+    batches: list[dict[str, Tensor]],
+    sparse: SparseModel | None,
+    *,
+    accumulate: int = 2,
+    frozen: bool = False,
 ) -> Iterator[float]:
     """Trainer's loop: AdamW, clipping to 1, a step's loss the mean over its tokens. Yields the loss of each step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    if frozen and sparse is not None:
+        sparse.freeze_omitted(optimizer)
     for step, first in enumerate(range(0, len(batches), accumulate), start=1):
         mine = batches[first : first + accumulate]
         tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in mine)
