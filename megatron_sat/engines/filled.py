@@ -37,18 +37,20 @@ class FilledEntries:
         self._counts.clear()
         self._before.clear()
 
-    def learn(self, entries: Iterable[Filled]) -> None:
-        """Take note of those that are not known yet. Does not wait for the device."""
-        asked = []
+    def learn(self, entries: Iterable[Filled]) -> list[Tensor]:
+        """Take note of those that are not known yet; returns their indices. Does not wait for the device."""
+        asked, indices = [], []
         for parameter, dim, index in entries:
             if parameter in self._known or parameter not in self._sections:
                 continue
             self._known[parameter] = (dim, index)
+            indices.append(index)
             edges = self._edges_of(parameter, dim=dim)
             if edges.numel():
                 asked.append((parameter, edges, torch.searchsorted(index, edges)))
         if asked:
             self._counts.append(_Counts(asked))
+        return indices
 
     def parcel(self, section: Section) -> Parcel:
         """What of a section travels: the rows or columns of it that are filled."""

@@ -148,6 +148,8 @@ class MegatronEngine:
             self._sparse_reduction.begin_step()
             forward = self._sparse_reduction.watching(forward)
         loss, num_tokens = self._run(micro_batches, num_micro_batches=num_micro_batches, forward=forward, train=True)
+        if self._sparse_reduction is not None:
+            self._sparse_reduction.check()
         if self._veto is not None:
             self._veto.loss = loss
         learning_rate = self.learning_rate

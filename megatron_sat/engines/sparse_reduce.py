@@ -17,6 +17,8 @@ the buffer an element lies, and packing moves it, so sums are equal where the ad
 their last bits, as they do between two bucket sizes. The order is the same in each run, so a resumed run equals an
 uninterrupted one.
 
+All replicas must speak of the same entries; `Agreement` compares them in each step, before an update rests on them.
+
 On a GPU, packing and unpacking have a stream of their own where Megatron overlaps reduction and backward.
 """
 
@@ -31,6 +33,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch import Tensor
 
+from megatron_sat.engines.agreement import Agreement
 from megatron_sat.engines.base import Batch, Filled, Forward
 from megatron_sat.engines.filled import FilledEntries
 from megatron_sat.engines.parcels import Parcel, bundles, pack, sections_of, unpack
@@ -80,17 +83,25 @@ class SparseReduction:
             for group in _checked(chunk).bucket_groups + chunk.expert_parallel_bucket_groups
         ]
         self._filled = FilledEntries(section for group in groups for section in group.sections)
+        self._agreement = Agreement(groups[0].ranks)
         for group in groups:
-            group.take_over(self._filled)
+            group.take_over(self._filled, agreement=self._agreement)
 
     def begin_step(self) -> None:
         """Nothing is known yet."""
         self._ran.clear()
         self._filled.forget()
+        self._agreement.forget()
 
     def learn(self) -> None:
         """Ask for the entries that are known by now; what none is known of is reduced whole."""
-        self._filled.learn(self._entries())
+        indices = self._filled.learn(self._entries())
+        if indices:
+            self._agreement.ask(indices)
+
+    def check(self) -> None:
+        """After a step's backward: raise RuntimeError where replicas were told of different entries."""
+        self._agreement.check()
 
     def watching(self, forward: Forward) -> Forward:
         """The same forward, after whose first call for each chunk the entries are asked for."""
@@ -134,18 +145,18 @@ class _Group:
         self._group, self._stream, self._most = group, stream, round_elements
         self._megatrons = group.start_grad_sync
         self._sharded = group.ddp_config.use_distributed_optimizer
-        self._ranks = (
+        self.ranks: dist.ProcessGroup = (
             group.intra_distributed_optimizer_instance_group if self._sharded else group.data_parallel_group
         )
-        owners = self._ranks.size() if self._sharded else 1
+        owners = self.ranks.size() if self._sharded else 1
         self._buckets = [
             sections_of(bucket.grad_data, bucket.params_list, owners=owners) for bucket in group.buckets
         ]
         self.sections = [section for owned in self._buckets for section in chain(*owned)]
 
-    def take_over(self, filled: FilledEntries) -> None:
+    def take_over(self, filled: FilledEntries, *, agreement: Agreement) -> None:
         """From now on reduce what is filled."""
-        self._filled = filled
+        self._filled, self._agreement = filled, agreement
         self._group.start_grad_sync = self._start
 
     @torch.no_grad()
@@ -189,12 +200,14 @@ class _Group:
             finish()
 
     def _rounds(self) -> Iterator[_Start]:
+        if self._sharded:
+            self._agreement.check()  # now: ranks that send different numbers would wait for each other for ever
         for owned in self._buckets:
             parcels = [[self._filled.parcel(section) for section in sections] for sections in owned]
             if self._sharded:
-                yield from _rounds_for_owners(parcels, most=self._most, group=self._ranks)
+                yield from _rounds_for_owners(parcels, most=self._most, group=self.ranks)
             else:
-                yield from _rounds_for_all(parcels[0], most=self._most, group=self._ranks)
+                yield from _rounds_for_all(parcels[0], most=self._most, group=self.ranks)
 
 
 class _Done:

@@ -1,7 +1,6 @@
 """Gradients without their zeros: two replicas train bit for bit as with the full reduction, and send less."""
 
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,9 +15,9 @@ from torch.testing import assert_close
 from benchmarks.wire import counted
 from megatron_sat.engines import sparse_reduce
 from megatron_sat.engines.base import Filled
-from megatron_sat.engines.megatron import MegatronEngine
 from megatron_sat.engines.sparse_reduce import SparseReduction, overlaps
 from tests.helpers.engine_state import named, snapshot
+from tests.helpers.part import Part
 from tests.helpers.plain_engine import bits, make_engine, train
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tolerances import RUN_LOSS, RUN_NORM
@@ -48,44 +47,6 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
 }
-
-
-class Part:
-    """Some rows or columns of each layer's matrices, others in each step; what is left of them has no gradient."""
-
-    def __init__(self, engine: MegatronEngine, *, dense: Iterable[int] = ()) -> None:
-        """dense: steps, from 0, in which everything has a gradient."""
-        self.engine, self.step, self.dense = engine, 0, set(dense)
-        for name, parameter in named(engine):
-            dim = self.dim_of(name)
-            if dim is not None:
-                parameter.register_hook(self.mask(name, parameter, dim))
-
-    @staticmethod
-    def dim_of(name: str) -> int | None:
-        columns = "linear_fc2" in name or "linear_proj" in name
-        return 0 if "linear_fc1" in name or "linear_qkv" in name else 1 if columns else None
-
-    def index(self, name: str, length: int) -> Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + self.step)
-        return torch.randperm(length, generator=generator)[: length // 2].sort().values
-
-    def mask(self, name: str, parameter: torch.nn.Parameter, dim: int) -> Callable[[Tensor], Tensor]:
-        def hook(gradient: Tensor) -> Tensor:
-            if self.step in self.dense:
-                return gradient
-            index = self.index(name, parameter.shape[dim])
-            return torch.zeros_like(gradient).index_copy_(dim, index, gradient.index_select(dim, index))
-
-        return hook
-
-    def entries(self) -> Iterator[Filled]:
-        if self.step in self.dense:
-            return
-        for name, parameter in named(self.engine):
-            dim = self.dim_of(name)
-            if dim is not None:
-                yield parameter, dim, self.index(name, parameter.shape[dim])
 
 
 class Run(NamedTuple):
@@ -202,6 +163,22 @@ def poisoned(_: int) -> None:
 def test_megatrons_check_sees_a_gradient_that_is_no_number_before_it_is_packed() -> None:
     with pytest.raises(RuntimeError, match="found NaN in local grad norm for bucket #0"):
         run_ranks(poisoned, 2)
+
+
+def apart(rank: int, sharded: bool) -> None:
+    """Replicas that are told of different rows; with shards, of different numbers of rows in each."""
+    engine, layout = make_engine(ddp={**(SHARDED if sharded else {}), **OVERLAPPED})
+    part = Part(engine)
+    engine.reduce_only(part.entries)
+    part.step = rank
+    train(engine, layout, steps=range(1))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_replicas_that_keep_different_neurons_are_an_error_before_the_update(sharded: bool) -> None:
+    said = "--sat-sparse-reduce needs replicas that keep the same neurons, got different ones in this step"
+    with pytest.raises(RuntimeError, match=said):
+        run_ranks(apart, 2, sharded)
 
 
 # -- one reduction, against sums that are exact
