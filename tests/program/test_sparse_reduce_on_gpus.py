@@ -13,7 +13,6 @@ from tests.helpers.program import SPARSE, Text, read_records
 ROOT = Path(__file__).parents[2]
 OVERLAPPED = "--overlap-grad-reduce --ddp-bucket-size 30000"
 CASES = {
-    "all-reduce": "",
     "all-reduce, overlapped": OVERLAPPED,
     "sharded": "--use-distributed-optimizer",
     "sharded, overlapped": f"--use-distributed-optimizer {OVERLAPPED} --overlap-param-gather",
