@@ -14,9 +14,10 @@ from megatron_sat.data.prepare import prepare_lines
 from megatron_sat.data.sft_encode import ChatOptions, chat_job
 from megatron_sat.data.sft_template import build_template
 from megatron_sat.data.tokenizer import build_tokenizer
+from megatron_sat.pretrain import main
 from tests.helpers.program import SPARSE, TOKENIZER, Text, Trained, read_records, start, trained
 from tests.helpers.tolerances import EXACT, RUN_LOSS, RUN_NORM
-from tests.helpers.zero_engine import load_library, needs_deepspeed
+from tests.helpers.zero_engine import load_library, mostly_slow, needs_deepspeed
 from tests.program.test_layouts import OURS, OVERLAPPED, PP, TP, WIDE, assert_same_run
 
 WORDS = "call me Ishmael some years ago never mind how long having little or no money in my purse".split()
@@ -99,13 +100,23 @@ LAYOUTS = {
     "full recomputation": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2", ""),
     "recomputed modules": (1, "--recompute-granularity selective --recompute-modules core_attn mlp", ""),
 }
-SLOW = ("recomputed modules",)
+PACKED, PADDED = "", "--no-sft-packing"
+FAST = {
+    "tp 2, sequence parallel": (PACKED, PADDED),
+    "pp 2, interleaved": (PACKED,),
+    "cp 2": (PACKED,),
+    "dp 2, distributed optimizer, overlapped": (PADDED,),
+    "full recomputation": (PACKED,),
+}
+"""What is not among the slow ones."""
+EACH = [
+    pytest.param(layout, packing, marks=() if packing in FAST.get(layout, ()) else pytest.mark.slow)
+    for layout in LAYOUTS
+    for packing in (PACKED, PADDED)
+]
 
 
-@pytest.mark.parametrize("packing", ["", "--no-sft-packing"], ids=["packed", "padded"])
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LAYOUTS]
-)
+@pytest.mark.parametrize(("layout", "packing"), EACH)
 def test_a_layout_fine_tunes_as_one_process_does(layout: str, packing: str, tune: Callable[..., Trained]) -> None:
     """With scores of the tokens: were padding counted, or a boundary lost in a layout, another choice would show it."""
     ranks, flags, alone = LAYOUTS[layout]
@@ -127,10 +138,11 @@ def test_deepspeed_fine_tunes_as_megatrons_engine_does(stage: int, tune: Callabl
     assert_same_run(tune(flags, 2), tune(f"{SPARSE} {WIDE}"))
 
 
+CUT = ("tp 2, sequence parallel", "cp 2", "pp 2, interleaved")
 LONG = "--seq-length 256 --max-position-embeddings 256 --no-sft-packing"
 
 
-@pytest.mark.parametrize("layout", [None, "tp 2, sequence parallel", "cp 2", "pp 2, interleaved"])
+@pytest.mark.parametrize("layout", [None, *mostly_slow(CUT, fast=())])
 def test_padding_that_a_micro_batch_has_in_common_is_cut_off_and_changes_nothing(
     text: Text, instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str | None
 ) -> None:
@@ -176,6 +188,15 @@ def test_data_of_the_other_kind_and_a_batch_beyond_an_epoch_end_in_one_line(text
     assert "fine-tuning needs instruction data" in ended.err
     ended = start(text.command(f"--train-data-path {instructions / 'train'}", without="--train-data-path"))
     assert ended.codes == [2] and "pre-training needs documents" in ended.err
+
+
+def test_a_rehearsal_counts_the_epochs_too(
+    text: Text, instructions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main([*command(text, instructions, "--train-iters 6"), "--dry-run"])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    assert "epochs: t 1.6" in " ".join(said.out.split())  # 48 of 30 and some
 
 
 def test_the_start_says_what_an_epoch_is(text: Text, instructions: Path) -> None:

@@ -48,7 +48,7 @@ def answers(folder: Path) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("method", ["", SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("method", [pytest.param("", marks=pytest.mark.slow), SPARSE], ids=["dense", "sparse"])
 def test_an_exported_model_answers_as_it_was_taught(tmp_path: Path, method: str) -> None:
     hf = write_model("tinyllama", tmp_path / "hf")
     (hf / "chat_template.jinja").write_text(TEMPLATE)
