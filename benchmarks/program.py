@@ -14,12 +14,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sat import cli, distributed
 from megatron_sat.build import Run, build_run
+from megatron_sat.compare.provenance import provenance
 from megatron_sat.config import Config
 from megatron_sat.data.encode import TextOptions
 from megatron_sat.data.prepare import prepare
 from megatron_sat.data.tokenizer import build_tokenizer
 from megatron_sat.model.flops import ModelShape, shape_of
-from megatron_sat.trip.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {

@@ -1,23 +1,22 @@
-"""What the trips of examples/ share: a file of settings, the machine, one call for everything, and how it ends.
+"""What the trips of examples/ share: a file of settings, the machine, and one call for everything.
 
 A file has two parts: ``trip`` (`megatron_sat.trip.settings`) and ``training`` (settings of pretrain_sat.py by key).
 """
 
 import os
 import re
-import signal
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_sat.compare import provenance
 from megatron_sat.compare.report import columns, rows
 from megatron_sat.compare.stages import MARKER, Runner
+from megatron_sat.compare.workshop import Workshop, environment_of, this_machine
 from megatron_sat.log import say, table
-from megatron_sat.trip import provenance
-from megatron_sat.trip.course import Course, Workshop, cores_here
+from megatron_sat.trip.course import Course
 from megatron_sat.trip.findings import Findings, read_findings
 from megatron_sat.trip.report import in_short, write_report
 from megatron_sat.trip.settings import Settings, settings_from
@@ -76,14 +75,7 @@ def write_training(training: Mapping[str, Any], out: Path, *, name: str = "train
 
 def workshop(*, jobs: int | None) -> Workshop:
     """This machine. jobs: stages at once; None: as many as cores, at most four."""
-    cores = cores_here()
-    return Workshop(
-        root=ROOT,
-        python=sys.executable,
-        made_with=f"{provenance.machine()}; {provenance.libraries()}",
-        cores=cores,
-        jobs=jobs or min(4, cores),
-    )
+    return this_machine(ROOT, jobs=jobs)
 
 
 def go(course: Course, *, dry: bool, fresh: bool, command: Sequence[str], notes: Sequence[str] = ()) -> None:
@@ -97,8 +89,7 @@ def go(course: Course, *, dry: bool, fresh: bool, command: Sequence[str], notes:
     if fresh:
         for marker in course.out.glob(f"**/{MARKER}"):
             marker.unlink()
-    # threads that spin while they wait cost minutes where other programs want the cores
-    environment = os.environ | {"PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = environment_of(os.environ)
     runner = Runner(environment=environment, shown=is_progress, working_folder=ROOT, jobs=course.shop.jobs)
     stages = travel(course, runner)
     found = read_findings(course, stages)
@@ -124,14 +115,3 @@ def _conclude(found: Findings, course: Course) -> None:
 def is_progress(line: str) -> bool:
     """Whether the console shows this line of a stage; all are in its folder's log.txt."""
     return bool(PROGRESS.match(line))
-
-
-def end_well(name: str, main: Callable[[Sequence[str]], None]) -> None:
-    """Run ``main``; what a user can mend is one line, and however it is stopped, the commands are stopped too."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        main(sys.argv[1:])
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"{name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"{name}: interrupted; the same command goes on where it was")

@@ -18,9 +18,10 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import torch
 
-from examples.adapt.driver import TEXT, end_well, go, read_recipe, settings_of, workshop, write_training
+from examples.adapt.driver import TEXT, go, read_recipe, settings_of, workshop, write_training
 from megatron_sat.compare.stages import Stage
-from megatron_sat.trip.course import Course, Workshop
+from megatron_sat.compare.workshop import Workshop, end_well
+from megatron_sat.trip.course import Course
 from megatron_sat.trip.text import find_text
 
 SMOLLM2 = "smollm2"

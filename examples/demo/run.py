@@ -18,9 +18,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from examples.adapt.driver import ROOT, TEXT, end_well, go, read_recipe, settings_of, workshop, write_training
+from examples.adapt.driver import ROOT, TEXT, go, read_recipe, settings_of, workshop, write_training
 from megatron_sat.compare.stages import Stage
-from megatron_sat.trip.course import Course, Workshop
+from megatron_sat.compare.workshop import Workshop, end_well
+from megatron_sat.trip.course import Course
 from megatron_sat.trip.text import OLD, Text, find_text
 
 TOKENIZER = TEXT / OLD / "tokenizer.model"
@@ -38,7 +39,7 @@ def english_stages(out: Path, *, english: Mapping[str, Any], text: Text, shop: W
         *("--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", shop.named(TOKENIZER)),
         *("--train-data-path", f"{OLD}={shop.named(data / 'train')}"),
         *("--valid-data-path", f"{OLD}={shop.named(data / 'dev')}"),
-        *("--data-cache-path", shop.named(out / "index-cache")),
+        *("--data-cache-path", shop.named(out / "index-cache"), "--save", shop.named(out / "english")),
         ranks=english["tensor_model_parallel_size"],
         configs=[write_training(english, out, name="english.yaml")],
         after=[tokens],

@@ -7,90 +7,22 @@ Folders under OUT:
     text/data           token ids    train/{sat,dense,control}          runs    export/model   what comes out
 """
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from megatron_sat.compare.stages import LOG, Resumption, Stage
+from megatron_sat.compare.stages import Resumption, Stage
+from megatron_sat.compare.workshop import TRACKER, Workshop
 from megatron_sat.trip.settings import Settings
 from megatron_sat.trip.text import LANGUAGES, NEW, OLD, Text
 
-TRACKER = "latest_checkpointed_iteration.txt"
-"""In the folder of a run that has saved."""
 WEIGHTS = ("*.safetensors", "*.gguf")
 BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")
 """What belongs to a model's folder besides weights."""
 ORIGINAL, EXTENDED, SAT, DENSE, EXPORTED = ("original", "extended", "SAT", "dense", "exported")
 CONTROL = "dense for SAT's time"
 """What tables call the models."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workshop:
-    """Where commands run, and what they run on."""
-
-    root: Path
-    """The project's folder, in which all commands run."""
-    python: str
-    """The interpreter."""
-    made_with: str
-    """Machine and libraries: results of others are made again."""
-    cores: int
-    """Of this machine."""
-    jobs: int
-    """Stages at once, where they may."""
-
-    def named(self, path: Path) -> str:
-        """A path as commands say it."""
-        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
-
-    def stage(
-        self, name: str, folder: Path, *command: str, after: Sequence[Stage] = (), reads: Sequence[Path] = ()
-    ) -> Stage:
-        """A stage that others may run beside."""
-        threads = max(1, self.cores // self.jobs)
-        return Stage(
-            name=name,
-            folder=folder,
-            command=(self.python, *command),
-            reads=tuple(reads),
-            made_with=self.made_with,
-            after=tuple(after),
-            threads=threads,
-        )
-
-    def prepare(
-        self, folder: Path, files: Mapping[str, Sequence[Path]], *, tokenizer: Path, after: Sequence[Stage] = ()
-    ) -> Stage:
-        """Token ids of text; one data set for each name, in folder/data."""
-        every = [path for paths in files.values() for path in paths]
-        stage = self.stage(
-            folder.name,
-            folder,
-            *("-m", "megatron_sat.trip.prepare", "--tokenizer", self.named(tokenizer)),
-            *("--output", self.named(folder / "data")),
-            *(f"{name}={self.named(path)}" for name, paths in files.items() for path in paths),
-            after=after,
-            reads=[*every, *([tokenizer] if tokenizer.is_file() else [])],
-        )
-        return replace(stage, resumption=Resumption(command=stage.command, needs=folder / LOG))
-
-    def training(
-        self, name: str, folder: Path, *flags: str, ranks: int, configs: Sequence[Path], after: Sequence[Stage]
-    ) -> Stage:
-        """A run of pretrain_sat.py that saves to ``folder``; nothing else may run beside it, for its time counts."""
-        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)) if ranks > 1 else ()
-        stage = self.stage(
-            name,
-            folder,
-            *(*launch, "pretrain_sat.py", "--config", *map(self.named, configs)),
-            *(*flags, "--save", self.named(folder)),
-            after=after,
-            reads=[path for path in configs if not any(path.is_relative_to(stage.folder) for stage in after)],
-        )
-        return replace(stage, threads=max(1, self.cores // ranks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +102,7 @@ class Course:
             *("--train-iters", str(steps), "--train-data-path", *self._blend(NEW)),
             *("--replay-data-path", *self._blend(OLD), "--replay-share", str(self.settings.replay_share)),
             *("--valid-data-path", *dev, "--data-cache-path", self._said(self.out / "index-cache"), *flags),
+            *("--save", self._said(folder)),
         )
         configs = [model / "model.yaml", self.training]
         after = [self.imported, self.tokens]
@@ -256,8 +189,3 @@ class Course:
 def folder_name(model: str) -> str:
     """What the folders of a model are called, of its run and of its evaluation."""
     return "control" if model == CONTROL else model.lower()
-
-
-def cores_here() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from megatron_sat.compare.curves import draw_curves
 from megatron_sat.compare.page import Block, Bullets, Code, Heading, Picture, Table, as_html, as_markdown
+from megatron_sat.compare.provenance import Provenance
 from megatron_sat.compare.report import LEVEL, NOTES, columns, rows, time_said, verdicts
 from megatron_sat.compare.runs import Run
 from megatron_sat.evaluate.chart import draw_chart
 from megatron_sat.evaluate.result import Result, lines_of
 from megatron_sat.trip.course import CONTROL, DENSE, ORIGINAL, SAT
 from megatron_sat.trip.findings import SAME_BITS, Findings
-from megatron_sat.trip.provenance import Provenance
 from megatron_sat.trip.text import LANGUAGES, NEW, OLD
 
 CURVES, DOMAINS = "curves.png", "domains.png"

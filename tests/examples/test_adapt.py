@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from examples.adapt import driver, run
-from megatron_sat.trip.course import Workshop
+from megatron_sat.compare.workshop import Workshop
 from tests.helpers.small_text import write_small_text
 from tests.vocab.models import tiny_llama
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sat.trip.provenance import Provenance
+from megatron_sat.compare.provenance import Provenance
 from megatron_sat.trip.report import in_short, write_report
 from tests.trip.findings import findings, result
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sat.compare.stages import Runner
-from megatron_sat.trip.course import Course, Workshop
+from megatron_sat.compare.workshop import Workshop
+from megatron_sat.trip.course import Course
 from megatron_sat.trip.findings import read_findings
 from megatron_sat.trip.settings import Settings
 from megatron_sat.trip.text import find_text
@@ -133,7 +134,7 @@ def test_without_checkpoints_on_its_way_it_begins_anew(course: Course) -> None:
 def test_every_command_can_be_said_without_running_one(course: Course, capsys: pytest.CaptureFixture[str]) -> None:
     rehearse(course)
     said = capsys.readouterr().out
-    for tool in ("evaluate.py", "extend_vocab.py", "convert_checkpoint.py import", "pretrain_sat.py", "trip.prepare"):
+    for tool in ("evaluate.py", "extend_vocab.py", "convert_checkpoint.py import", "pretrain_sat.py", ".prepare"):
         assert tool in said
     assert "--sat-schedule ladder" in said and "--replay-share 0.2" in said
     assert "dense for SAT's time's --train-iters follow from the time that SAT takes" in said

@@ -1,6 +1,6 @@
-"""Token ids of all text of a trip, one process for all data sets: its start would take longer than its work.
+"""Token ids of all text of a comparison, one process for all data sets: its start would take longer than its work.
 
-    python -m megatron_sat.trip.prepare --tokenizer FOLDER_OR_FILE --output DIR NAME=FILE [NAME=FILE ...]
+    python -m megatron_sat.compare.prepare --tokenizer FOLDER_OR_FILE --output DIR NAME=FILE [NAME=FILE ...]
 
 Files of one NAME make one data set, DIR/NAME; an interrupted run goes on where it was.
 """

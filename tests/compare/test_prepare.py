@@ -1,10 +1,10 @@
-"""One process prepares every data set of a trip as tools/preprocess_data.py would."""
+"""One process prepares every data set of a comparison as tools/preprocess_data.py would."""
 
 from pathlib import Path
 
 import pytest
 
-from megatron_sat.trip import prepare
+from megatron_sat.compare import prepare
 from tools import preprocess_data
 
 ROOT = Path(__file__).parents[2]

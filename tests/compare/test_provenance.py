@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sat.trip import provenance
+from megatron_sat.compare import provenance
 
 
 def _git(folder: Path, *arguments: str) -> None:
