@@ -82,6 +82,7 @@ def test_a_method_trains_and_leaves_a_plain_model_and_its_report(method: str, pl
     assert list(trained.state_dict()) == list(AutoModelForCausalLM.from_pretrained(place / "model").state_dict())
 
 
+@pytest.mark.slow
 def test_the_methods_are_different_trainings(place: Path) -> None:
     """The negative control; and rate 0 is full fine-tuning."""
     losses = {}
@@ -106,7 +107,7 @@ def linear_layers(model: Any) -> list[Any]:
     return [module for name, module in model.named_modules() if name.endswith("_proj")]
 
 
-@pytest.mark.parametrize("method", ["sat", "lora", "ia3"])
+@pytest.mark.parametrize("method", ["sat", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "ia3"))])
 def test_recomputation_changes_no_method(method: str, place: Path) -> None:
     argv = flags(place, method, "--train-iters", "2")
     assert main(argv)["held-out loss"] == main([*argv, "--recompute"])["held-out loss"]

@@ -1,6 +1,9 @@
 """Which models fit, and what is said of the others."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,8 @@ from megatron_sat.hf.family import parts_of
 from megatron_sat.sparsity.selector import SelectionConfig
 from tests.helpers.tolerances import EXACT
 from tests.hf.models import FAMILIES, LAYERS, SIZES, make_batch, make_model, make_sparse
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,3 +90,12 @@ def test_quotas_that_do_not_fit_are_an_error_and_the_model_unchanged(selection: 
     with pytest.raises(ValueError, match=re.escape(said)):
         make_sparse(model, **selection)
     assert type(model.model.layers[0].self_attn.q_proj) is Linear
+
+
+@pytest.mark.slow
+def test_nothing_of_megatron_is_imported() -> None:
+    """So it runs where megatron-core is not installed, as trainings with transformers are."""
+    found = "[name for name in sys.modules if name.split('.')[0] == 'megatron']"
+    code = f"import sys, megatron_sat.hf; print({found})"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert said.stdout.strip() == "[]"
