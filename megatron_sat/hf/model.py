@@ -98,16 +98,24 @@ class SparseModel:
         self.close()
 
     def open(self, step: int, *, is_last: Callable[[], bool] | None = None) -> None:
-        """Begin `step` by hand. is_last: asked at each forward whether it is the step's last; None: cut in each."""
-        assert self._open is None, "a step is open already: close() or abandon() it"
+        """Begin `step` by hand. is_last: asked at each forward whether it is the step's last; None: cut in each.
+
+        Raises ValueError where the schedule has no such step, and where one is open.
+        """
+        if self._open is not None:
+            raise ValueError(
+                f"step {step} must begin after the one before it ended, which is open still; close() it, or abandon() "
+                "one that failed"
+            )
         context = self.controller.step(step)
         context.__enter__()
         self._open, self._is_last = context, is_last
         self._moment.step = None if is_last is None else object()
 
     def close(self) -> None:
-        """End it. Raises ValueError where gradients still wait for a last micro-batch."""
-        assert self._open is not None, "no step is open"
+        """End it. Raises ValueError where none is open, and where gradients still wait for a last micro-batch."""
+        if self._open is None:
+            raise ValueError("a step must be open to be closed, none is; open() it before, or use `with step(...)`")
         context, self._open = self._open, None
         context.__exit__(None, None, None)
         if self._forget_forward():

@@ -264,6 +264,23 @@ def test_too_many_micro_batches_are_an_error() -> None:
         run_step(make_sparse(model), model, told=1, done=2)
 
 
+def test_steps_that_overlap_are_an_error() -> None:
+    sparse = make_sparse(make_model())
+    sparse.open(1)
+    with pytest.raises(ValueError, match="step 2 must begin after the one before it ended, which is open still"):
+        sparse.open(2)
+    sparse.close()
+    with pytest.raises(ValueError, match="a step must be open to be closed, none is; open"):
+        sparse.close()
+
+
+def test_a_step_that_the_schedule_has_not_is_an_error_and_opens_nothing() -> None:
+    sparse = make_sparse(make_model(), constant("1/2", steps=4))
+    with pytest.raises(ValueError, match="a schedule's step must be between 1 and 4"):
+        sparse.open(5)
+    assert not sparse.is_open
+
+
 def run_step(sparse: SparseModel, model: Any, *, told: int, done: int) -> None:
     with sparse.step(1, micro_batches=told):
         loss_and_gradients(model, [make_batch(n) for n in range(done)])
