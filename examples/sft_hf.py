@@ -80,8 +80,7 @@ SAT_KINDS: dict[str, Any] = dict.fromkeys(SAT_ONLY, str) | {
     **dict.fromkeys(("sat_schedule_start", "sat_rungs", "sat_selection_interval", "sat_channel_multiple"), int),
 }
 SPDF_ONLY: dict[str, Any] = {"spdf_rate": SPDF_RATE, "spdf_until": None}
-LORA_ONLY: dict[str, Any] = {"lora_rank": LORA_RANKS[0]}
-FLAGS_OF = {"sat": SAT_ONLY, "spdf": SPDF_ONLY, "lora": LORA_ONLY}
+FLAGS_OF = {"sat": SAT_ONLY, "spdf": SPDF_ONLY, "lora": {"lora_rank": LORA_RANKS[0]}}
 Example = dict[str, Tensor]
 
 
@@ -247,6 +246,7 @@ def trainer_arguments(args: argparse.Namespace, *, steps: int) -> TrainingArgume
         save_steps=args.save_interval or 1,
         logging_steps=1,
         report_to=[],
+        ddp_find_unused_parameters=False,
         use_cpu=not torch.cuda.is_available() and args.deepspeed is None,  # it would switch DeepSpeed off
         remove_unused_columns=False,
         disable_tqdm=True,
