@@ -7,6 +7,7 @@ uninterrupted one would. The settings travel along, so that a run is not resumed
 
 import base64
 import dataclasses
+import json
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ _NOT_SAVED = "visits"  # counts for plots; thousands of numbers a layer
 def settings(sparse: SparseModel) -> dict[str, Any]:
     """The selection and the schedule's rungs, in JSON's types."""
     rungs = [[rung.first, rung.last, str(rung.rate)] for rung in sparse.schedule.rungs()]
-    return {"selection": dataclasses.asdict(sparse.selection), "rungs": rungs}
+    found: dict[str, Any] = {"selection": dataclasses.asdict(sparse.selection), "rungs": rungs}
+    as_read: dict[str, Any] = json.loads(json.dumps(found, default=str))  # a tuple comes back as a list
+    return as_read
 
 
 def outlives_a_step(sparse: SparseModel) -> bool:

@@ -1,6 +1,8 @@
 """Trainer with the callback against its loop written out; resuming; what is refused."""
 
+import dataclasses
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from accelerate.utils import DistributedType
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
+from megatron_sat.hf import state as saved_state
 from megatron_sat.hf.callback import SatCallback
 from megatron_sat.hf.model import SparseModel
 from tests.helpers.tolerances import EXACT, RUN_LOSS
@@ -178,6 +181,15 @@ def test_another_setting_on_resume_is_an_error(
     train(*model_and_sparse(constant("1/2", steps=6)), tmp_path, **settings)
     with pytest.raises(ValueError, match=said):
         train(*model_and_sparse(schedule, **selection), tmp_path, resume=str(tmp_path / "checkpoint-2"), **settings)
+
+
+def test_settings_are_what_a_checkpoint_gives_back() -> None:
+    """Else a run could not be resumed under its own: a field may hold what JSON has not."""
+    _, sparse = model_and_sparse()
+    sparse.selection = dataclasses.make_dataclass("Wider", ["names", "rate"])(names=("a", "b"), rate=Fraction(1, 3))
+    found = saved_state.settings(sparse)
+    assert json.loads(json.dumps(found)) == found
+    assert found["selection"] == {"names": ["a", "b"], "rate": "1/3"}
 
 
 def test_a_checkpoint_is_a_plain_transformers_model(tmp_path: Path) -> None:
