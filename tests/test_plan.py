@@ -169,6 +169,16 @@ def test_grouped_queries_are_counted_in_groups_or_in_heads_of_a_group():
     assert plan_of(schedule, shape=GROUPED, gqa="head").quotas == ("4 heads", "11008 channels")
 
 
+def test_layers_that_stay_whole_are_counted_and_named():
+    plan = plan_of(pre_training(), modules="mlp", whole_layers=8)
+    sparse = plan.at(1)
+    assert (sparse.kept.heads, sparse.kept.channels, sparse.kept.whole_layers) == (32, 5504, 8)
+    assert (sparse.heads_omitted, sparse.channels_omitted) == (0, Fraction(24, 32) / 2)
+    assert plan.at(3000).kept == plan.whole
+    assert "4 layers at each end omit nothing; the table is of those between them" in plan.lines()
+    assert not any("omit nothing" in line for line in plan_of(pre_training()).lines())
+
+
 def test_recomputation_adds_to_the_run_and_to_its_dense_twin_alike():
     schedule = schedule_of("constant", Fraction(1, 2), train_iters=10)
     plain = plan_of(schedule, choice_flops=0)

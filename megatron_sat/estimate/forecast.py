@@ -211,6 +211,8 @@ def kept_of(config: Config, *, shape: ModelShape, rate: Fraction) -> KeptShape:
         selection_groups=selection.selection_groups,
         channel_multiple=selection.channel_multiple,
         gqa=selection.gqa,
+        modules=selection.modules,
+        whole_layers=selection.whole_layers(shape.num_layers),
     )
 
 

@@ -12,6 +12,7 @@ Shapes: `h` hidden, `d` head dim, `f` channels, `p` TP size.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 from megatron_sat.estimate.hardware import Figure, Hardware, Kind
 from megatron_sat.model.flops import NO_RECOMPUTE, KeptShape, ModelShape, Recompute, whole
@@ -102,7 +103,12 @@ def predict_step(
     the embedding.
     """
     dense, parts, tokens = whole(shape), list[Figure](), batch.micro_batch_size * shape.seq_length
-    layer = layer_seconds(shape, kept, hardware=hardware, batch=batch, spread=spread, recompute=recompute, seen=parts)
+    of_layer = partial(
+        layer_seconds, shape, hardware=hardware, batch=batch, spread=spread, recompute=recompute, seen=parts
+    )
+    layer, whole_share = of_layer(kept), kept.whole_layers / shape.num_layers
+    if whole_share:
+        layer = (1 - whole_share) * layer + whole_share * of_layer(dense)  # as if each rank had as many of them
     layer = layer if graphs else max(layer, hardware.launch_seconds)
     sums = tensor_seconds(shape, tokens=tokens, spread=spread)
     head = _head_seconds(shape, tokens=tokens, hardware=hardware, tensor=spread.tensor, seen=parts)
@@ -115,9 +121,11 @@ def predict_step(
         every, some = (layer_matrices(shape, each, tensor=spread.tensor) for each in (dense, kept))
         found = hardware.choosing_seconds(weights=every, kept=some)
         parts.append(found)
-        choosing = here * found.seconds / interval
+        choosing = (1 - whole_share) * here * found.seconds / interval
     matrices = here * layer_matrices(shape, dense, tensor=spread.tensor)
-    omitted = matrices - here * layer_matrices(shape, kept, tensor=spread.tensor) if spread.sparse_reduction else 0
+    omitted = 0
+    if spread.sparse_reduction:
+        omitted = int((1 - whole_share) * (matrices - here * layer_matrices(shape, kept, tensor=spread.tensor)))
     return StepTime(
         layers=batch.micro_batches * here * layer,
         loss=batch.micro_batches * head if last else 0.0,

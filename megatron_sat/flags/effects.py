@@ -72,6 +72,16 @@ METHOD: tuple[Rule, ...] = (
         beside="without --swiglu",
     ),
     Rule(
+        keys="sat_swiglu_score sat_channel_multiple",
+        idle=lambda s: s["sat_modules"] == "attention",
+        beside="with --sat-modules attention, which omits no channel",
+    ),
+    Rule(
+        keys="sat_gqa",
+        idle=lambda s: s["sat_modules"] == "mlp",
+        beside="with --sat-modules mlp, which omits no head",
+    ),
+    Rule(
         keys="sat_swiglu_score",
         idle=lambda s: s["sat_importance"] not in _SCORED_BY_ROWS,
         beside="with --sat-importance uniform or contribution, which score no row of the gate",
@@ -111,6 +121,7 @@ METHOD: tuple[Rule, ...] = (
         idle=lambda s: s["sft"],
         beside="with --sft, which reads every example once an epoch",
     ),
+    Rule(keys="spdf_*", idle=lambda s: s["baseline"] != "spdf", beside="without --baseline spdf"),
     Rule(keys="preflight_timeout", idle=lambda s: s["preflight"] is False, beside="with --no-preflight"),
     Rule(keys="max_bad_steps", idle=lambda s: s["on_bad_step"] == "stop", beside="with --on-bad-step stop"),
     Rule(

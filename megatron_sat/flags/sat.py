@@ -1,10 +1,12 @@
 """The settings of the method, and of this program: names that Megatron-LM has not."""
 
+from megatron_sat.flags.baselines import BASELINES
 from megatron_sat.flags.finetuning import FINETUNING
 from megatron_sat.flags.flag import Flag, option, switch
 from megatron_sat.flags.presets import PRESET
 from megatron_sat.sparsity.importance import METRICS
 from megatron_sat.sparsity.schedule import KINDS
+from megatron_sat.sparsity.settings import MODULES
 from megatron_sat.training.guard import POLICIES
 
 METHOD: tuple[Flag, ...] = (
@@ -46,6 +48,8 @@ METHOD: tuple[Flag, ...] = (
         default="shared",
         help="replicas choose alike, or alone",
     ),
+    option("sat_modules", choices=MODULES, default="all", help="what omits neurons"),
+    option("sat_whole_ends", "int", default=0, help="layers at each end of the model that omit none"),
     option(
         "sat_rescale", choices=("none", "inverse-keep"), default="none", help="1/(share kept) on what is kept"
     ),
@@ -123,5 +127,6 @@ SECTIONS: dict[str, tuple[Flag, ...]] = {
     "training": TRAINING,
     "parallel": PARALLEL,
     "finetuning": FINETUNING,
+    "baselines": BASELINES,
 }
 """Headline of the printed configuration to its settings."""

@@ -48,10 +48,10 @@ class Part:
 
 
 def parts_of(model: Module, *, config: SelectionConfig) -> list[Part]:
-    """Attention and MLP of every layer of a transformers model, in its order.
+    """Attention and MLP of every layer of a transformers model that omit neurons, in its order.
 
-    Raises ValueError for a model of another family, and where a layer has been replaced (by peft or quantization, or
-    by an earlier call).
+    Raises ValueError where no layer would, for a model of another family, and where a layer has been replaced (by peft
+    or quantization, or by an earlier call).
     """
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in FAMILIES:
@@ -59,7 +59,10 @@ def parts_of(model: Module, *, config: SelectionConfig) -> list[Part]:
             f"model must be a transformers model of the families {', '.join(FAMILIES)}, got {kind}; "
             "pass the model itself, not what wraps it"
         )
-    return [part for number, found in enumerate(_layers(model), start=1) for part in _parts(found, number, config)]
+    layers = list(_layers(model))
+    config.whole_layers(len(layers))  # refuses to leave none
+    parts = [part for number, found in enumerate(layers, start=1) for part in _parts(found, number, config)]
+    return [part for part in parts if config.omits(part.kind, layer=part.layer, num_layers=len(layers))]
 
 
 def _layers(model: Module) -> Iterator[tuple[str, Module]]:

@@ -31,7 +31,7 @@ _Plan = tuple[Neurons, Literal["attention", "mlp"], int, int]
 def attach_selectors(
     chunks: Iterable[Module], *, config: SelectionConfig, layout: Layout, whole: Whole | None = None
 ) -> int:
-    """Give every sparse attention and MLP of this rank's model chunks a selector; returns how many there are.
+    """Give every attention and MLP of this rank's model chunks that omits neurons a selector; returns how many do.
 
     whole: for an engine that leaves weights in shards; without it they come through the hooks of Megatron's DDP.
 
@@ -44,12 +44,17 @@ def attach_selectors(
         for layer in chunk.modules():
             number = getattr(layer, "layer_number", None)
             for module in (getattr(layer, "self_attention", None), getattr(layer, "mlp", None)):
-                if isinstance(module, SparsePair) and number is not None:
+                if isinstance(module, SparsePair) and number is not None and _omits(module, config, layer=number):
                     module.selector = build_selector(
                         module, layer=number, config=config, layout=layout, whole=whole
                     )
                     count += 1
     return count
+
+
+def _omits(module: SparsePair, config: SelectionConfig, *, layer: int) -> bool:
+    kind: Literal["attention", "mlp"] = "attention" if isinstance(module, SparseSelfAttention) else "mlp"
+    return config.omits(kind, layer=layer, num_layers=module.config.num_layers)
 
 
 def build_selector(

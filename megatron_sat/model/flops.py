@@ -63,6 +63,8 @@ class KeptShape:
     """Query groups: keys and values."""
     channels: int
     """MLP channels."""
+    whole_layers: int = 0
+    """Layers beside these that compute everything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,21 +112,30 @@ def whole(shape: ModelShape) -> KeptShape:
 
 
 def kept_shape(
-    shape: ModelShape, rate: Fraction, *, selection_groups: int, channel_multiple: int, gqa: str
+    shape: ModelShape,
+    rate: Fraction,
+    *,
+    selection_groups: int,
+    channel_multiple: int,
+    gqa: str,
+    modules: str = "all",
+    whole_layers: int = 0,
 ) -> KeptShape:
     """What stays of each layer at omission ``rate``, by the selectors' quotas (`selection.keep_count`).
 
     gqa: "group", whole query groups leave; "head", heads leave within every group, all keys and values stay.
-    Raises ValueError where selection groups do not divide the channels, or the query groups that leave whole.
+    modules: attention or mlp where these alone omit anything. whole_layers: that omit nothing. Raises ValueError where
+    selection groups do not divide the channels, or the query groups that leave whole.
     """
-    channels = _quota(
-        shape.ffn_hidden_size, rate, selection_groups, noun="channels", multiple=channel_multiple
-    )
-    if gqa == "head":
-        heads = shape.num_query_groups * keep_count(shape.heads_per_group, rate)
-        return KeptShape(heads=heads, groups=shape.num_query_groups, channels=channels)
-    groups = _quota(shape.num_query_groups, rate, selection_groups, noun="query groups")
-    return KeptShape(heads=groups * shape.heads_per_group, groups=groups, channels=channels)
+    heads, groups, channels = shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size
+    if modules != "attention":
+        channels = _quota(channels, rate, selection_groups, noun="channels", multiple=channel_multiple)
+    if modules != "mlp" and gqa == "head":
+        heads = groups * keep_count(shape.heads_per_group, rate)
+    elif modules != "mlp":
+        groups = _quota(groups, rate, selection_groups, noun="query groups")
+        heads = groups * shape.heads_per_group
+    return KeptShape(heads=heads, groups=groups, channels=channels, whole_layers=whole_layers if rate else 0)
 
 
 def _quota(total: int, rate: Fraction, selection_groups: int, *, noun: str, multiple: int = 1) -> int:
@@ -146,16 +157,28 @@ def step_flops(
 ) -> int:
     """Operations of a forward and backward over ``tokens`` tokens in which each layer computes ``kept``.
 
-    With ``recompute`` it is what the machine executes. The dense equivalent, by which models are compared, is
-    ``step_flops(shape, whole(shape), tokens=tokens)``.
+    With ``recompute`` it is what the machine executes; where that concerns some layers, they are taken for mean ones.
+    The dense equivalent, by which models are compared, is ``step_flops(shape, whole(shape), tokens=tokens)``.
     """
-    parts = layer_forward_flops(shape, kept, causal=causal)
     logits = 2 * shape.hidden_size * shape.padded_vocab_size
-    again = (
-        sum(parts.values()) if "full" in recompute.parts else sum(parts.get(p, 0) for p in recompute.parts)
-    )
-    layers = shape.num_layers if recompute.layers is None else recompute.layers
-    return tokens * (3 * (shape.num_layers * sum(parts.values()) + logits) + layers * again)
+    forward = again = 0
+    for layers, each in ((shape.num_layers - kept.whole_layers, kept), (kept.whole_layers, whole(shape))):
+        parts = layer_forward_flops(shape, each, causal=causal)
+        forward += layers * sum(parts.values())
+        named = parts if "full" in recompute.parts else recompute.parts
+        again += layers * sum(parts.get(part, 0) for part in named)
+    recomputed = shape.num_layers if recompute.layers is None else recompute.layers
+    return tokens * (3 * (forward + logits) + again * recomputed // shape.num_layers)
+
+
+def masked_step_flops(shape: ModelShape, *, density: Fraction, tokens: int) -> Fraction:
+    """Operations of a step in which ``density`` of each layer's weights takes part, single ones, as methods of masks
+    count them: every product with a weight costs its share. Attention, logits and recomputation are those of a dense
+    step without it."""
+    parts = layer_forward_flops(shape, whole(shape))
+    weights = sum(flops for name, flops in parts.items() if name != "core_attn")
+    logits = 2 * shape.hidden_size * shape.padded_vocab_size
+    return 3 * tokens * (shape.num_layers * (density * weights + parts["core_attn"]) + logits)
 
 
 def layer_forward_flops(shape: ModelShape, kept: KeptShape, *, causal: bool = True) -> dict[str, int]:
@@ -170,24 +193,31 @@ def layer_forward_flops(shape: ModelShape, kept: KeptShape, *, causal: bool = Tr
     }
 
 
-def choice_flops(shape: ModelShape, *, importance: str, tokens: int, replicas: int = 1) -> int:
-    """Operations of scoring every neuron of every layer once, and measuring the ``tokens`` that it takes.
+def choice_flops(
+    shape: ModelShape, *, importance: str, tokens: int, replicas: int = 1, modules: str = "all", whole_layers: int = 0
+) -> int:
+    """Operations of scoring every neuron of every sparse layer once, and measuring the ``tokens`` that it takes.
 
     importance: a key of `sparsity.importance.METRICS`. tokens: of one replica's first micro-batch. replicas:
     data-parallel ones; each measures and scores for itself. They come on top of the step's own operations,
     and elementwise ones are among them; picking the best scores costs nothing that counts.
     """
     hidden, heads = shape.hidden_size, shape.num_attention_heads
-    rows = (heads + 2 * shape.num_query_groups) * shape.kv_channels
-    rows += (2 if shape.gated else 1) * shape.ffn_hidden_size
-    columns = heads * shape.kv_channels + shape.ffn_hidden_size
     forward = layer_forward_flops(shape, whole(shape))
-    looked_at = sum(forward.values()) - forward["proj"] - 2 * hidden * shape.ffn_hidden_size  # up to both last products
-    per_layer = {
-        "uniform": 0,
-        "magnitude": 2 * hidden * rows,
-        "wanda": 2 * hidden * rows + 2 * (2 * hidden * tokens),  # squares and sums of two modules' inputs
-        "maxip": 2 * hidden * rows + 2 * (hidden * tokens),
-        "contribution": 2 * hidden * columns + 2 * columns * tokens + tokens * looked_at,
+    # rows of the first weight, columns of the second, operations up to the last product
+    attention = (heads + 2 * shape.num_query_groups) * shape.kv_channels, heads * shape.kv_channels
+    mlp = (2 if shape.gated else 1) * shape.ffn_hidden_size, shape.ffn_hidden_size
+    looked_at = {
+        "attention": (*attention, forward["qkv"] + forward["core_attn"]),
+        "mlp": (*mlp, forward["mlp"] - 2 * hidden * shape.ffn_hidden_size),
     }
-    return replicas * shape.num_layers * per_layer[importance]
+    per_layer = 0
+    for kind, (rows, columns, before) in looked_at.items():
+        per_layer += (modules in ("all", kind)) * {
+            "uniform": 0,
+            "magnitude": 2 * hidden * rows,
+            "wanda": 2 * hidden * rows + 2 * hidden * tokens,  # squares and sums of the module's input
+            "maxip": 2 * hidden * rows + hidden * tokens,
+            "contribution": 2 * hidden * columns + 2 * columns * tokens + tokens * before,
+        }[importance]
+    return replicas * (shape.num_layers - whole_layers) * per_layer

@@ -7,7 +7,6 @@ process group.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -19,65 +18,10 @@ from megatron_sat.sparsity.neurons import Kept, Neurons
 from megatron_sat.sparsity.noise import Noise, Part, Take
 from megatron_sat.sparsity.place import Counted, Place, Weights
 from megatron_sat.sparsity.selection import keep_count, select
+from megatron_sat.sparsity.settings import SelectionConfig
 
 Key = tuple[int, int]
 """What a choice was made for: the step its noise is drawn from, and how many units of the shard stay."""
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelectionConfig:
-    """How neurons are scored and chosen. Each field is the ``--sat-*`` flag of its name."""
-
-    importance: str = "maxip"
-    """A key of `importance.METRICS`."""
-    swiglu_score: str = "gate"
-    """Rows of a gated fc1 that score a channel: gate, up, gate+up. Ours; the paper has no gate."""
-    selection: str = "sampling"
-    """sampling (softmax of scores / temperature, without replacement) or top-k."""
-    temperature: float = 0.05
-    """τ of eq. 8, above 0; used by sampling."""
-    selection_groups: int = 1
-    """G: quotas are per group of n/G heads and f/G channels; a multiple of the TP size."""
-    selection_interval: int = 1
-    """Steps that a choice is kept, at least 1 (paper: 1)."""
-    channel_multiple: int = 1
-    """Kept channels of a selection group are floored to a multiple of this."""
-    gqa: str = "group"
-    """What leaves under grouped-query attention: whole groups (group), or heads within every group (head)."""
-    statistics: str = "fresh"
-    """fresh: from the step's first micro-batch (the paper); lagged: from the step before."""
-    dp_selection: str = "shared"
-    """shared: replicas add their sums and choose alike; local: each for itself."""
-    rescale: str = "none"
-    """none (the paper), or inverse-keep: a sparse module's output times 1 / (share kept)."""
-    seed: int = 1234
-    """Seed of the selection noise."""
-
-    def __post_init__(self) -> None:
-        _one_of("--sat-importance", self.importance, tuple(METRICS))
-        _one_of("--sat-swiglu-score", self.swiglu_score, ("gate", "up", "gate+up"))
-        _one_of("--sat-selection", self.selection, ("sampling", "top-k"))
-        _one_of("--sat-gqa", self.gqa, ("group", "head"))
-        _one_of("--sat-statistics", self.statistics, ("fresh", "lagged"))
-        _one_of("--sat-dp-selection", self.dp_selection, ("shared", "local"))
-        _one_of("--sat-rescale", self.rescale, ("none", "inverse-keep"))
-        _at_least_one("--sat-selection-groups", self.selection_groups)
-        _at_least_one("--sat-selection-interval", self.selection_interval)
-        _at_least_one("--sat-channel-multiple", self.channel_multiple)
-        if not self.temperature > 0:
-            raise ValueError(
-                f"--sat-temperature must be above 0, got {self.temperature}; the paper uses 0.05"
-            )
 
 
 class Selector:

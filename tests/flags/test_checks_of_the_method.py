@@ -25,6 +25,12 @@ from tests.helpers.command_line import LADDER, refusal, run
             "--sat-selection-interval (101) must be at most --train-iters (100); 100",
         ),
         ("--sat-selection-interval 0", "--sat-selection-interval must be at least 1, got 0"),
+        ("--sat-modules heads", "--sat-modules must be one of all, attention, mlp, got 'heads'"),
+        ("--sat-whole-ends -1", "--sat-whole-ends must be at least 0, got -1"),
+        (
+            "--sat-whole-ends 2",
+            "--sat-whole-ends (2) at both ends must leave some of the 4 layers; lower it below 2",
+        ),
         ("--sat-selection-groups 0", "--sat-selection-groups must be at least 1, got 0"),
         ("--sat-channel-multiple 0", "--sat-channel-multiple must be at least 1, got 0"),
         ("--sat-selection-groups 8", "--sat-selection-groups (8) must divide --num-query-groups (4); try"),

@@ -52,6 +52,17 @@ def test_a_rate_without_a_schedule_is_refused_with_the_schedules(capsys):
         ("--sat-importance magnitude --sat-statistics lagged", "", "--sat-statistics has no effect with"),
         ("--sat-importance uniform --sat-dp-selection local", "", "--sat-dp-selection has no effect with"),
         (
+            "--sat-modules attention --sat-swiglu-score up",
+            "",
+            "--sat-swiglu-score has no effect with --sat-modules attention, which omits no channel",
+        ),
+        (
+            "--sat-modules attention --sat-channel-multiple 8",
+            "",
+            "--sat-channel-multiple has no effect with --sat-modules attention, which omits no channel",
+        ),
+        ("--sat-modules mlp --sat-gqa head", "", "--sat-gqa has no effect with --sat-modules mlp, which omits no head"),
+        (
             "--sat-gqa head",
             "--group-query-attention --num-query-groups",
             "--sat-gqa has no effect without --group",

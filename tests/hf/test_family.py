@@ -29,6 +29,15 @@ def test_every_layer_has_an_attention_and_an_mlp(family: str) -> None:
     assert parts[0].name == "model.layers.0.self_attn"
 
 
+def test_what_is_to_stay_whole_is_no_part() -> None:
+    def parts(**selection: Any) -> list[tuple[str, int]]:
+        return [(part.kind, part.layer) for part in parts_of(make_model(), config=SelectionConfig(**selection))]
+
+    assert parts(modules="mlp") == [("mlp", layer) for layer in range(1, LAYERS + 1)]
+    with pytest.raises(ValueError, match=re.escape(f"--sat-whole-ends ({LAYERS}) at both ends must leave some of the")):
+        parts(whole_ends=LAYERS)
+
+
 @pytest.mark.parametrize("model_class", [LlamaModel, LlamaForSequenceClassification])
 def test_a_model_with_another_head_or_none_is_sparse_too(model_class: Any) -> None:
     config = FAMILIES["llama"][0](**SIZES, pad_token_id=0)

@@ -34,6 +34,19 @@ def test_every_attention_and_mlp_gets_one() -> None:
     ]
 
 
+def test_what_is_to_stay_whole_gets_none() -> None:
+    def named(selection: dict[str, Any]) -> list[tuple[str, int]]:
+        return [(kind, layer) for kind, layer, *_ in run_ranks(places, 1, selection)[0]]
+
+    assert named({"modules": "mlp"}) == [("mlp", layer) for layer in (1, 2, 3, 4)]
+    assert named({"modules": "attention", "whole_ends": 1}) == [("attention", 2), ("attention", 3)]
+    found = run_ranks(places, 2, {"whole_ends": 1}, pp=2)
+    assert [[(kind, layer) for kind, layer, *_ in rank] for rank in found] == [
+        [("attention", 2), ("mlp", 2)],
+        [("attention", 3), ("mlp", 3)],
+    ]
+
+
 def test_a_tensor_parallel_rank_has_its_part_of_the_groups_and_units() -> None:
     found = run_ranks(places, 2, {"selection_groups": 4}, tp=2)
     assert [rank[:2] for rank in found] == [

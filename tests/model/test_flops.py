@@ -65,6 +65,16 @@ def kept_at(rate: Fraction, *, gqa: str = "group", shape: ModelShape = TINY, gro
     return kept_shape(shape, rate, selection_groups=groups, channel_multiple=1, gqa=gqa)
 
 
+WHOLE_LAYERS = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+TWO_LAYERS = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2}
+MODULES = {"recompute_granularity": "selective"}
+RECOMPUTES: dict[str, tuple[dict[str, Any], Recompute]] = {
+    "every layer": (WHOLE_LAYERS, Recompute(parts=("full",))),
+    "two layers": (TWO_LAYERS, Recompute(parts=("full",), layers=2)),
+    "attention": (MODULES | {"recompute_modules": ["core_attn"]}, Recompute(parts=("core_attn",))),
+    "mlp": (MODULES | {"recompute_modules": ["mlp"]}, Recompute(parts=("mlp",))),
+}
+
 RATES = [Fraction(0), Fraction(1, 4), Fraction(1, 2), Fraction(24, 25)]
 
 
@@ -77,6 +87,38 @@ def test_the_formula_is_what_torch_counts_at_every_rate(gqa):
         step_flops(TINY, kept, tokens=TOKENS, causal=False) for kept in expected
     ]
     assert len({kept.channels for kept in expected}) == 4  # four different counts, or the test says little
+
+
+PARTS: list[dict[str, Any]] = [{"modules": "mlp"}, {"modules": "attention"}, {"whole_ends": 1}]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("recompute", ["every layer", "mlp"])
+def test_the_formula_is_what_torch_counts_where_a_part_of_the_model_omits(recompute, part):
+    config, parts = RECOMPUTES[recompute]
+    counted = counted_at(Fraction(0), Fraction(1, 2), selection=part, **config)
+
+    where = {"modules": part.get("modules", "all"), "whole_layers": 2 * part.get("whole_ends", 0)}
+    expected = [
+        kept_shape(TINY, rate, selection_groups=1, channel_multiple=1, gqa="group", **where)
+        for rate in (Fraction(0), Fraction(1, 2))
+    ]
+    assert expected[0] == whole(TINY)
+    assert expected[1] not in (whole(TINY), kept_at(Fraction(1, 2)))
+    assert [sum(ops.values()) for ops in counted] == [
+        step_flops(TINY, kept, tokens=TOKENS, recompute=parts, causal=False) for kept in expected
+    ]
+
+
+def test_choosing_costs_the_modules_that_choose():
+    for importance in METRICS:
+        cost = {
+            modules: choice_flops(TINY, importance=importance, tokens=TOKENS, modules=modules)
+            for modules in ("all", "attention", "mlp")
+        }
+        assert cost["all"] == cost["attention"] + cost["mlp"]
+        half = choice_flops(TINY, importance=importance, tokens=TOKENS, whole_layers=2)
+        assert 2 * half == cost["all"]
 
 
 def test_tensor_parallel_ranks_together_compute_what_the_formula_says():
@@ -105,17 +147,6 @@ def test_the_formula_is_what_torch_counts_without_gate_and_without_groups():
         step_flops(shape, kept_at(rate, shape=shape), tokens=TOKENS, causal=False)
         for rate in (0, Fraction(1, 2))
     ]
-
-
-WHOLE_LAYERS = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-TWO_LAYERS = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2}
-MODULES = {"recompute_granularity": "selective"}
-RECOMPUTES: dict[str, tuple[dict[str, Any], Recompute]] = {
-    "every layer": (WHOLE_LAYERS, Recompute(parts=("full",))),
-    "two layers": (TWO_LAYERS, Recompute(parts=("full",), layers=2)),
-    "attention": (MODULES | {"recompute_modules": ["core_attn"]}, Recompute(parts=("core_attn",))),
-    "mlp": (MODULES | {"recompute_modules": ["mlp"]}, Recompute(parts=("mlp",))),
-}
 
 
 @pytest.mark.parametrize("name", RECOMPUTES)

@@ -22,6 +22,7 @@ CASES = {
     "one choice for two steps, rescaled": f"{LADDER} --sat-rescale inverse-keep --sat-selection-interval 2",
     "single heads": f"{LADDER} --sat-gqa head",
     "one micro-batch": "--micro-batch-size 8 --sat-schedule constant --sat-omission-rate 0.5 --sat-weights compact",
+    "channels alone, ends whole": f"{LADDER} --sat-modules mlp --sat-whole-ends 1",
     "frozen": f"{LADDER} --sat-omitted-neurons frozen",
     "bf16, distributed optimizer": f"{LADDER} --bf16 --use-distributed-optimizer --overlap-grad-reduce",
 }
