@@ -6,7 +6,7 @@ before the first step. `Run` holds the pieces, `training.run` lets them work.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +15,12 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sat import faults, log
+from megatron_sat.baselines.course import Course, NoCourse, after_reduction
+from megatron_sat.baselines.masked_spdf import MaskedSpdf
+from megatron_sat.baselines.masks import Masks
+from megatron_sat.baselines.matrices import find_matrices
 from megatron_sat.config import Config
+from megatron_sat.counting import Counted, count_spdf
 from megatron_sat.data.blend import Datasets, build_datasets
 from megatron_sat.data.sft import build_windows
 from megatron_sat.data.tokenizer import Tokenizer, build_tokenizer
@@ -60,6 +65,8 @@ class Run:
     """Padding that all samples of a micro-batch have is cut off, to a multiple of this; None: it is left."""
     new_rows: NewRows | None = None
     """What alone is trained; None: everything."""
+    course: Course = field(default_factory=NoCourse)
+    """A baseline by masks at work."""
 
 
 def build_run(config: Config) -> Run:
@@ -129,6 +136,7 @@ def build_run(config: Config) -> Run:
         plan=plan_of(config, shape=shape, epochs=datasets.epochs),
         grain=_grain(config),
         new_rows=rows,
+        course=_course(config, engine=engine, layout=layout),
     )
 
 
@@ -167,6 +175,17 @@ def _new_rows(
     return NewRows(
         parameters=freeze_all_but_vocabulary(chunks), first=first, last=tokenizer.vocab_size, tp_rank=layout.tp_rank
     )
+
+
+def _course(config: Config, *, engine: Engine, layout: Layout) -> Course:
+    """The baseline by masks that the configuration names, tied into the engine's step."""
+    if config.baseline is None:
+        return NoCourse()
+    assert isinstance(engine, MegatronEngine), "the flags refuse it on another engine"
+    masks = Masks(find_matrices(engine.chunks, group=layout.tp_group))
+    spdf = MaskedSpdf(masks, config=config.baseline, clear=engine.clear)
+    after_reduction(engine.chunks, do=spdf.silence)
+    return spdf
 
 
 def _grain(config: Config) -> int | None:
@@ -233,6 +252,8 @@ def plan_of(config: Config, *, shape: ModelShape, epochs: Mapping[str, float]) -
         importance=selection.importance,
         tokens=training.micro_batch_size * config.model.seq_length,
         replicas=config.parallel.data,
+        modules=selection.modules,
+        whole_layers=selection.whole_layers(shape.num_layers),
     )
     return build_plan(
         build_schedule(config.schedule),
@@ -240,8 +261,19 @@ def plan_of(config: Config, *, shape: ModelShape, epochs: Mapping[str, float]) -
         selection_groups=selection.selection_groups,
         channel_multiple=selection.channel_multiple,
         gqa=selection.gqa,
+        modules=selection.modules,
+        whole_layers=selection.whole_layers(shape.num_layers),
         tokens_per_step=training.global_batch_size * config.model.seq_length,
         recompute=recompute_of(config),
         choice_flops=choosing // selection.selection_interval,
         epochs=epochs,
+        counted=_counted(config, shape=shape),
     )
+
+
+def _counted(config: Config, *, shape: ModelShape) -> Counted | None:
+    training = config.training
+    if config.baseline is None:
+        return None
+    tokens = training.global_batch_size * config.model.seq_length
+    return count_spdf(config.baseline, shape=shape, tokens_per_step=tokens, steps=training.train_iters)

@@ -17,9 +17,11 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.init import xavier_uniform_
 
+from megatron_sat.baselines.settings import SpdfConfig
 from megatron_sat.data.blend import DataConfig
 from megatron_sat.data.sft import SFTConfig
 from megatron_sat.engines.optim import LearningRateConfig
+from megatron_sat.flags.baselines import check_baseline, spdf_config
 from megatron_sat.flags.checks import check, prerequisites
 from megatron_sat.flags.deepspeed import deepspeed_settings
 from megatron_sat.flags.defaults import Machine, data_parallel_size, resolve
@@ -116,6 +118,8 @@ class Config:
     """optimizer: momentum and decay go on moving them; frozen: nothing does (eq. 2)."""
     sparse_reduce: bool
     """Replicas send each other the gradients of kept rows and columns alone."""
+    baseline: SpdfConfig | None
+    """A method that leaves out single weights by masks; None: no such one."""
     settings: dict[str, Any]
     """What all of this came from, by key, in plain form: what is printed and saved with the run."""
     remarks: tuple[str, ...] = field(default=(), compare=False)
@@ -129,6 +133,7 @@ def compose(given: Settings, *, machine: Machine, world_size: int) -> Config:
     refuse_idle(settings, given=given)
     check(settings, given=given, machine=machine, world_size=world_size)
     check_bad_steps(settings, given=given)
+    check_baseline(settings)
     parallel = _parallel(settings, world_size=world_size)
     training = _training(settings, replicas=parallel.data)
     idle = without_effect(settings)
@@ -155,9 +160,11 @@ def compose(given: Settings, *, machine: Machine, world_size: int) -> Config:
         layer_graphs=settings["layer_graphs"],
         omitted_neurons=settings["sat_omitted_neurons"],
         sparse_reduce=settings["sat_sparse_reduce"],
+        baseline=spdf_config(settings),
         settings={key: value for key, value in settings.items() if value is not None and key not in idle},
         remarks=tuple(remarks(settings, given=given)),
     )
+    config.selection.whole_layers(config.transformer["num_layers"])  # refuses to leave none
     _ask_megatron(config)
     return config
 

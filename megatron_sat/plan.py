@@ -6,14 +6,15 @@ on the time saved is of operations alone: a run stays behind it, as far as a spa
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import groupby
 from typing import Any, TypeVar
 
 from megatron_sat import log
+from megatron_sat.counting import Counted
 from megatron_sat.model.flops import KeptShape, ModelShape, Recompute, kept_shape, step_flops, whole
+from megatron_sat.quotas import quota_warnings, quotas_of
 from megatron_sat.sparsity.schedule import Rung, Schedule
 
 MAX_ROWS = 12
@@ -58,6 +59,8 @@ class Plan:
     """By domain, how often the run goes through it."""
     quotas: tuple[str, str]
     """What the heads and the channels to keep are counted out of."""
+    counted: Counted | None
+    """What a baseline by masks costs by its source's count; None for another run."""
     warnings: tuple[str, ...]
     """What the quotas make of the schedule, where a reader may expect something else."""
 
@@ -133,6 +136,7 @@ class Plan:
             lines.append(f"dense: {_operations(self.flops)}, no neuron is ever omitted")
         else:
             lines += self._saving()
+        lines += [] if self.counted is None else self.counted.lines()
         return lines + [f"warning: {warning}" for warning in self.warnings]
 
     def _saving(self) -> list[str]:
@@ -142,8 +146,11 @@ class Plan:
         part = f"{choosing:.2%}" if choosing >= 1e-4 or choosing == 0 else "less than 0.01%"
         executed, dense = _operations(self.flops), _operations(self.dense_flops)
         share = f"{self.flops / self.dense_flops:.3f}"
+        whole = max(planned.kept.whole_layers for planned in self.rungs)
+        ends = [f"{whole // 2} layers at each end omit nothing; the table is of those between them"] if whole else []
         bound, speed = f"{self.time_saving_bound:.1%}", f"{self.dense_flops / self.flops:.2f}x"
         return [
+            *ends,
             omission.format(**mean),
             f"executed {executed} of {dense} dense: {share}; choosing neurons is {part} of it",
             f"time saved over a dense run: at most {bound} ({speed}), if a sparse step is as efficient",
@@ -164,7 +171,7 @@ class Plan:
             "mean_omitted": self.mean_omitted(),
             "rungs": [_rung_as_dict(planned, dense=self.dense_step_flops) for planned in self.rungs],
             "warnings": list(self.warnings),
-        }
+        } | ({} if self.counted is None else {"counted": self.counted.as_dict()})
 
 
 def build_plan(
@@ -174,34 +181,45 @@ def build_plan(
     selection_groups: int,
     channel_multiple: int,
     gqa: str,
+    modules: str = "all",
+    whole_layers: int = 0,
     tokens_per_step: int,
     recompute: Recompute,
     choice_flops: int,
     epochs: Mapping[str, float],
+    counted: Counted | None = None,
 ) -> Plan:
     """The plan of a run of ``schedule`` on a model of ``shape``.
 
     choice_flops: operations that choosing costs a step (`flops.choice_flops` over the interval); one that
     keeps everything spends none. epochs: by domain, passes over it in the whole run. recompute: it counts in
-    the dense run too. Raises ValueError where the selection groups do not fit the model.
+    the dense run too. counted: of a baseline by masks. Raises ValueError where the selection groups do not fit
+    the model.
     """
     dense = whole(shape)
 
     def planned(rung: Rung) -> PlannedRung:
         kept = kept_shape(
-            shape, rung.rate, selection_groups=selection_groups, channel_multiple=channel_multiple, gqa=gqa
+            shape,
+            rung.rate,
+            selection_groups=selection_groups,
+            channel_multiple=channel_multiple,
+            gqa=gqa,
+            modules=modules,
+            whole_layers=whole_layers,
         )
+        sparse = 1 - Fraction(kept.whole_layers, shape.num_layers)
         return PlannedRung(
             rung=rung,
             kept=kept,
-            heads_omitted=1 - Fraction(kept.heads, dense.heads),
-            channels_omitted=1 - Fraction(kept.channels, dense.channels),
+            heads_omitted=sparse * (1 - Fraction(kept.heads, dense.heads)),
+            channels_omitted=sparse * (1 - Fraction(kept.channels, dense.channels)),
             step_flops=step_flops(shape, kept, tokens=tokens_per_step, recompute=recompute),
             choice_flops=0 if kept == dense else choice_flops,
         )
 
     rungs = tuple(planned(rung) for rung in schedule.rungs())
-    quotas = _quotas(shape, selection_groups=selection_groups, channel_multiple=channel_multiple, gqa=gqa)
+    quotas = quotas_of(shape, selection_groups=selection_groups, channel_multiple=channel_multiple, gqa=gqa)
     return Plan(
         rungs=rungs,
         whole=dense,
@@ -209,7 +227,13 @@ def build_plan(
         tokens_per_step=tokens_per_step,
         epochs=epochs,
         quotas=(quotas[0].size, quotas[1].size),
-        warnings=tuple(warning for quota in quotas for warning in _warnings(quota, rungs)),
+        counted=counted,
+        warnings=tuple(
+            warning
+            for quota, other in zip(quotas, ("mlp", "attention"), strict=True)
+            if modules != other
+            for warning in quota_warnings(quota, [(each.rung.rate, each.kept) for each in rungs])
+        ),
     )
 
 
@@ -218,67 +242,6 @@ def show(plan: Plan) -> None:
     log.table(f"plan (quotas: {', '.join(plan.quotas)})", plan.columns(), plan.rows())
     for line in plan.lines():
         log.say(line)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Quota:
-    """How finely one kind of neuron can be left out."""
-
-    noun: str
-    """heads or channels, as the table counts them."""
-    total: int
-    size: str
-    """How many of what one quota is taken from."""
-    way_out: str
-    kept: Callable[[PlannedRung], int]
-
-
-def _quotas(
-    shape: ModelShape, *, selection_groups: int, channel_multiple: int, gqa: str
-) -> tuple[_Quota, _Quota]:
-    larger = "fewer --sat-selection-groups, where the TP size allows it, make quotas larger"
-    fewer = larger if selection_groups > 1 else "rates that are further apart keep different numbers"
-    in_group, quota_groups = shape.heads_per_group, shape.num_query_groups // selection_groups
-    unit = "head" if in_group == 1 else "query group"
-    multiple = f" in multiples of {channel_multiple}" if channel_multiple > 1 else ""
-    return (
-        _Quota(
-            noun="heads",
-            total=shape.num_attention_heads,
-            size=_count(in_group, "head") if gqa == "head" else _count(quota_groups, unit),
-            way_out="--sat-gqa group omits whole query groups instead" if gqa == "head" else fewer,
-            kept=lambda planned: planned.kept.heads,
-        ),
-        _Quota(
-            noun="channels",
-            total=shape.ffn_hidden_size,
-            size=f"{shape.ffn_hidden_size // selection_groups} channels{multiple}",
-            way_out=fewer + (", a smaller --sat-channel-multiple makes them finer" if multiple else ""),
-            kept=lambda planned: planned.kept.channels,
-        ),
-    )
-
-
-def _warnings(quota: _Quota, rungs: Sequence[PlannedRung]) -> list[str]:
-    """Rates that ask for less than one of a quota and get one, and different rates that keep the same."""
-    found = []
-    for planned in rungs:
-        kept, rate = quota.kept(planned), planned.rung.rate
-        if kept > quota.total * (1 - rate):
-            found.append(
-                f"{quota.noun}: at rate {_text(rate)} nothing would stay of a quota ({quota.size}), so its "
-                f"least part does: {kept} of {quota.total} are kept; {quota.way_out}"
-            )
-            break  # the highest rate says it all
-    runs = [(kept, list(run)) for kept, run in groupby(rungs, key=quota.kept)]
-    same = [f"{_rates(run)} all keep {kept} of {quota.total}" for kept, run in runs if len(run) > 1]
-    if same and len(rungs) <= MAX_ROWS:  # a rate that falls every step is bound to keep the same for some
-        found.append(f"{quota.noun}: {' and '.join(same)}, for a quota is of {quota.size}; {quota.way_out}")
-    return found
-
-
-def _rates(rungs: Sequence[PlannedRung]) -> str:
-    return "rates " + ", ".join(_text(planned.rung.rate) for planned in rungs)
 
 
 def stretches(rungs: Sequence[_Any]) -> list[Sequence[_Any]]:
@@ -308,10 +271,6 @@ def _rung_as_dict(planned: PlannedRung, *, dense: int) -> dict[str, Any]:
         "choice_flops": planned.choice_flops,
         "share_of_dense": planned.flops / dense,
     }
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _text(value: Fraction | int) -> str:

@@ -99,6 +99,7 @@ class Session:
         self.response = Response(self.guard, engine=run.engine, controller=run.controller, roll_back=self._rolled_back)
         self.newest: tuple[Path, int] | None = None
         self.progress = self._resumed()
+        run.course.start(self.progress.iteration + 1)
         plan.show(run.plan)
         self.sinks = open_sinks(
             jsonl=self.config.logging.log_jsonl,
@@ -130,6 +131,7 @@ class Session:
             save=self.save,
             should_stop=self.should_stop,
             should_save=lambda: self.wish is Wish.SAVE,
+            begin=self.run.course.begin_step,
         )
         with self.requests.listening(training.listens_to):
             self.progress = train(
@@ -145,9 +147,8 @@ class Session:
 
     def batches(self, consumed_samples: int) -> Iterator[Batch]:
         """This rank's training micro-batches from there on."""
-        dataset = self.run.datasets.train
+        dataset, workers = self.run.datasets.train, self.config.data.num_workers
         assert dataset is not None
-        workers = self.config.data.num_workers
         return self.reader.train(dataset, consumed_samples=consumed_samples, num_workers=workers)
 
     def stepped(self, step: int, result: StepResult, seconds: float) -> None:
@@ -213,7 +214,7 @@ class Session:
                 config=self.config.settings,
                 extra={"totals": self.meter.totals.state(), "guard": self.guard.state()},
             ),
-            tensors=whole_choices(run.controller.selectors, layout=run.layout),
+            tensors=whole_choices(run.controller.selectors, layout=run.layout) | run.course.state(),
             layout=run.layout,
             with_optimizer=checkpoint.save_optim,
             with_rng=checkpoint.save_rng,
@@ -263,9 +264,9 @@ class Session:
         """Put the newest checkpoint of this run back into the engine; its step, or None where there is none yet."""
         if self.newest is None:
             return None
-        root, step = self.newest
-        resumed = self._load(open_checkpoint(root, step=step), LoadConfig())
+        resumed = self._load(open_checkpoint(self.newest[0], step=self.newest[1]), LoadConfig())
         restore_choices(self.run.controller.selectors, saved=resumed.tensors, layout=self.run.layout)
+        self.run.course.restore(resumed.tensors)
         return resumed.iteration
 
     # -- where it comes from
@@ -294,6 +295,7 @@ class Session:
             for key, before, now in changes(opened.header.config, now=self.config.settings, prefix="sat_"):
                 log.say(f"note: {key} was {before} in the checkpoint's run and is {now} from here on")
         restore_choices(run.controller.selectors, saved=resumed.tensors, layout=run.layout)
+        run.course.restore(resumed.tensors)
         self.meter.totals = Totals(**resumed.extra.get("totals", {}))
         self.guard.restore(resumed.extra.get("guard", {}))
         if resumed.iteration:
@@ -305,8 +307,7 @@ class Session:
 
     def _load(self, opened: Checkpoint, how: LoadConfig) -> Resumed:
         """Into the engine; collective. Raises ValueError where the checkpoint does not fit."""
-        run = self.run
-        token = run.tokenizer.fingerprint
+        run, token = self.run, self.run.tokenizer.fingerprint
         return load_checkpoint(
             opened, trainer=run.engine, layout=run.layout, tokenizer=token, data=self._order, config=how
         )

@@ -135,10 +135,12 @@ class _Holder:
         self._kept.clear()
 
     def _state_of(self, main: Tensor) -> dict[str, Tensor]:
-        """Optimizer state with a value for each entry: the moments, not the step count."""
-        state = self._optimizer.state
-        if main not in state:
-            return {}
-        return {
-            name: v for name, v in state[main].items() if isinstance(v, Tensor) and v.shape == main.shape and v.dim()
-        }
+        return state_of(self._optimizer, main)
+
+
+def state_of(optimizer: torch.optim.Optimizer, main: Tensor) -> dict[str, Tensor]:
+    """Optimizer state of ``main`` with a value for each entry: the moments, not the step count."""
+    state = optimizer.state
+    if main not in state:
+        return {}
+    return {name: v for name, v in state[main].items() if isinstance(v, Tensor) and v.shape == main.shape and v.dim()}

@@ -38,6 +38,7 @@ from megatron_sat.engines.base import (
     masked_sum,
     mean_losses,
 )
+from megatron_sat.engines.cleared import Cleared, clear_entries, gather_gradients
 from megatron_sat.engines.ddp import wrap_chunks
 from megatron_sat.engines.frozen import hold_entries
 from megatron_sat.engines.optim import LearningRateConfig, build_optimizer, build_scheduler, coming_rate
@@ -234,6 +235,14 @@ class MegatronEngine:
     def hold(self, entries: Callable[[], Iterable[Held]]) -> None:
         """Leave these entries alone in every coming update; see `Engine.hold`."""
         hold_entries(self._optimizer, entries=entries)
+
+    def clear(self, entries: Iterable[Cleared]) -> None:
+        """Zero these entries in every copy that an update reads; see `cleared.clear_entries`."""
+        clear_entries(self._optimizer, entries=entries)
+
+    def gather_gradients(self) -> None:
+        """After the reduction: every replica gets the whole gradient; see `cleared.gather_gradients`."""
+        gather_gradients(self._wrapped)
 
     def reduce_only(self, entries: Callable[[], Iterable[Filled]]) -> None:
         """From now on leave zeros that all replicas share out of the reduction; see `SparseReduction`.

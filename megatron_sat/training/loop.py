@@ -57,6 +57,8 @@ class Moments:
     """(minutes since the loop began): whether all ranks agree to stop now. Asked after `stepped`."""
     should_save: Callable[[], bool]
     """Whether all ranks agree to save now, beside the interval."""
+    begin: Callable[[int], None] = lambda step: None
+    """(step): before the forward of each step."""
 
 
 def due(step: int, interval: int | None) -> bool:
@@ -86,6 +88,7 @@ def train(
     while progress.iteration < extent.train_iters:
         step = progress.iteration + 1
         clock = time.perf_counter()
+        moments.begin(step)
         with controller.step(step, micro_batches=extent.num_micro_batches if extent.packs else None):
             result = engine.train_step(micro_batches, num_micro_batches=extent.num_micro_batches)
         moments.stepped(step, result, time.perf_counter() - clock)
