@@ -1,9 +1,12 @@
 """How a trip is made: what is added to the vocabulary, how long and how it is trained, how much is evaluated."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import Any
+
+_LADDER = ("sat_schedule", "sat_omission_rate", "sat_rungs", "sat_schedule_start")
+"""What omission_rate, sparse_share and rungs say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +39,8 @@ class Settings:
     """Part of the steps before the ladder begins, in (0, 1); exact, as text."""
     rungs: int = 5
     """Of the ladder."""
-    selection_interval: int = 1
-    """Steps that a choice of neurons is kept."""
+    method: Mapping[str, Any] = field(default_factory=dict)
+    """SAT's further settings by key (sat_importance, ...), as pretrain_sat.py knows them."""
     max_characters: int = 100_000
     """Of each domain that evaluations read."""
     evaluation_stride: int | None = None
@@ -56,6 +59,9 @@ class Settings:
             raise ValueError(f"replay_share must be in (0, 1), got {self.replay_share}; a fifth is 0.2")
         if not 0 < Fraction(self.sparse_share) < 1:
             raise ValueError(f"sparse_share must be in (0, 1), got {self.sparse_share}; the paper's is 2/3")
+        for key in self.method:
+            if not key.startswith("sat_") or key in _LADDER:
+                raise ValueError(f"method must hold sat_* settings other than {', '.join(_LADDER)}, got {key}")
         if self.ranks < 1 or self.ranks % self.tensor_parallel:
             raise ValueError(
                 f"ranks ({self.ranks}) must be a multiple of the TP size ({self.tensor_parallel}); set --nproc"
@@ -66,13 +72,13 @@ class Settings:
         """SAT's flags."""
         start = max(1, int(self.steps * Fraction(self.sparse_share)))
         ladder = ("--sat-schedule", "ladder", "--sat-omission-rate", self.omission_rate)
-        kept = ("--sat-selection-interval", str(self.selection_interval))
-        return (*ladder, "--sat-rungs", str(self.rungs), *kept, "--sat-schedule-start", str(start))
+        more = [word for key, value in self.method.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        return (*ladder, "--sat-rungs", str(self.rungs), *more, "--sat-schedule-start", str(start))
 
 
 def settings_from(given: Mapping[str, Any]) -> Settings:
     """Settings by name, as a file gives them. Raises ValueError for a name that is none, and one that is missing."""
-    known = {field.name: field.type for field in fields(Settings)}
+    known = {each.name: each.type for each in fields(Settings)}
     if unknown := sorted(given.keys() - known.keys()):
         raise ValueError(f"trip: {', '.join(unknown)} must be a setting; there are {', '.join(known)}")
     texts = {name: str(value) for name, value in given.items() if known[name] is str}

@@ -9,8 +9,15 @@ GIVEN = {"steps": 300, "add": 8000, "seq_length": 1024}
 
 def test_the_ladder_begins_after_two_thirds_of_the_steps() -> None:
     assert " ".join(settings_from(GIVEN).schedule) == (
-        "--sat-schedule ladder --sat-omission-rate 0.5 --sat-rungs 5 --sat-selection-interval 1"
-        " --sat-schedule-start 200"
+        "--sat-schedule ladder --sat-omission-rate 0.5 --sat-rungs 5 --sat-schedule-start 200"
+    )
+
+
+def test_the_methods_other_settings_are_handed_on() -> None:
+    settings = settings_from(GIVEN | {"method": {"sat_importance": "contribution", "sat_selection_interval": 10}})
+    assert " ".join(settings.schedule) == (
+        "--sat-schedule ladder --sat-omission-rate 0.5 --sat-rungs 5 --sat-importance contribution"
+        " --sat-selection-interval 10 --sat-schedule-start 200"
     )
 
 
@@ -27,6 +34,8 @@ def test_rates_and_shares_are_taken_as_they_are_written() -> None:
         ({"replay_share": 1.0}, r"replay_share must be in \(0, 1\), got 1.0"),
         ({"sparse_share": "1"}, r"sparse_share must be in \(0, 1\), got 1"),
         ({"ranks": 3, "tensor_parallel": 2}, r"ranks \(3\) must be a multiple of the TP size \(2\)"),
+        ({"method": {"lr": 1}}, "method must hold sat_. settings other than sat_schedule, .*, got lr"),
+        ({"method": {"sat_rungs": 2}}, "method must hold sat_. settings other than sat_schedule, .*, got sat_rungs"),
         ({"learning_rate": 1}, "trip: learning_rate must be a setting; there are steps, add, "),
     ],
 )
