@@ -263,6 +263,7 @@ def plan_of(config: Config, *, shape: ModelShape, epochs: Mapping[str, float]) -
         gqa=selection.gqa,
         modules=selection.modules,
         whole_layers=selection.whole_layers(shape.num_layers),
+        whole_forward=selection.omit == "backward",
         tokens_per_step=training.global_batch_size * config.model.seq_length,
         recompute=recompute_of(config),
         choice_flops=choosing // selection.selection_interval,

@@ -226,6 +226,11 @@ def spread_of(config: Config, *, cluster: Cluster, links: Links) -> Spread:
         )
     if config.engine != "megatron":
         raise ValueError(f"--engine must be megatron for a prediction, got {config.engine}; predict with megatron")
+    if config.selection.omit != "both":
+        raise ValueError(
+            f"--sat-omit must be both for a prediction, got {config.selection.omit}: what its forwards cost was never "
+            "measured; predict without it"
+        )
     model = parallel.tensor * parallel.pipeline
     scattered = parallel.data > 1 and cluster.world_size > cluster.per_host
     if scattered and links.across is None:

@@ -6,7 +6,7 @@ from megatron_sat.flags.flag import Flag, option, switch
 from megatron_sat.flags.presets import PRESET
 from megatron_sat.sparsity.importance import METRICS
 from megatron_sat.sparsity.schedule import KINDS
-from megatron_sat.sparsity.settings import MODULES
+from megatron_sat.sparsity.settings import MODULES, PASSES
 from megatron_sat.training.guard import POLICIES
 
 METHOD: tuple[Flag, ...] = (
@@ -49,6 +49,7 @@ METHOD: tuple[Flag, ...] = (
         help="replicas choose alike, or alone",
     ),
     option("sat_modules", choices=MODULES, default="all", help="what omits neurons"),
+    option("sat_omit", choices=PASSES, default="both", help="passes that omit: both, or the backward alone"),
     option("sat_whole_ends", "int", default=0, help="layers at each end of the model that omit none"),
     option(
         "sat_rescale", choices=("none", "inverse-keep"), default="none", help="1/(share kept) on what is kept"

@@ -26,8 +26,11 @@ class SparseSelfAttention(SparsePair, SelfAttention):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Output:
         """hidden_states: [s, b, h] ([s/p, b, h] under SP). Returns that shape, summed over TP, and a bias."""
-        kept = self.choose(hidden_states, lambda: SelfAttention.forward(self, hidden_states, *args, **kwargs))
-        return self.scaled(SelfAttention.forward(self, hidden_states, *args, **kwargs), kept)
+        def forward() -> Output:
+            return SelfAttention.forward(self, hidden_states, *args, **kwargs)
+
+        kept = self.choose(hidden_states, forward)
+        return self.completed(self.scaled(forward(), kept), kept, forward)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """As Megatron's, which cuts the fused projection by the module's two counts of heads."""

@@ -44,5 +44,8 @@ class SparseMLP(SparsePair, MLP):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Output:
         """hidden_states: [s, b, h] ([s/p, b, h] under SP). Returns that shape, summed over TP, and a bias."""
-        kept = self.choose(hidden_states, lambda: MLP.forward(self, hidden_states, *args, **kwargs))
-        return self.scaled(MLP.forward(self, hidden_states, *args, **kwargs), kept)
+        def forward() -> Output:
+            return MLP.forward(self, hidden_states, *args, **kwargs)
+
+        kept = self.choose(hidden_states, forward)
+        return self.completed(self.scaled(forward(), kept), kept, forward)

@@ -66,6 +66,24 @@ class SparsePair(Module):
             return output
         return output[0] * self.selector.output_scale, output[1]
 
+    def completed(self, output: Output, kept: Kept | None, forward: Callable[[], Output]) -> Output:
+        """The module's output [s, b, h] and bias; with what the omitted neurons add, where they take part in forwards.
+
+        They are cut out for each call, and keep nothing for a backward.
+        """
+        if kept is None or self.selector is None or self.selector.config.omit == "both":
+            return output
+        column, row = self.linear_pair()
+        neurons, rest = self.selector.neurons, kept.omitted()
+        column.packing = row.packing = None
+        column.rows, row.columns = neurons.kept_rows(rest), neurons.columns(rest)
+        try:
+            with torch.no_grad():
+                added = forward()[0]
+        finally:
+            self._set(kept)
+        return output[0] + added, output[1]
+
     def entries(self, index: Tensor) -> list[Entry]:
         """Parameter entries of the units ``index`` alone: rows of the first layer, columns of the second."""
         assert self.selector is not None
@@ -84,7 +102,7 @@ class SparsePair(Module):
             return False
         if self.selector is None or self.selector.keeps_all:
             return True
-        if self.packing is None or not self.selector.settled:
+        if self.packing is None or not self.selector.settled or self.selector.config.omit != "both":
             return False
         if any(linear.pack_for(self.packing) is None for linear in linears):
             self._set(self.selector.choice)
@@ -111,7 +129,11 @@ class SparsePair(Module):
 
     def can_choose_by_replay(self) -> bool:
         """Whether a choice like the last one, of as many units and packed, is asked for."""
+        if self.selector is not None and self.selector.config.growing is not None:
+            return False  # it goes out from the choice before it, which the recording would have as it was then
         if self.packing is None or self._placed is None or self._placed[0].count != self.units_to_keep:
+            return False
+        if self.selector is None or self.selector.config.omit != "both":
             return False
         return all(linear.replayable and linear.packed_buffer is not None for linear in self.linear_pair())
 

@@ -65,6 +65,8 @@ class KeptShape:
     """MLP channels."""
     whole_layers: int = 0
     """Layers beside these that compute everything."""
+    whole_forward: bool = False
+    """Only backwards are of what is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +122,14 @@ def kept_shape(
     gqa: str,
     modules: str = "all",
     whole_layers: int = 0,
+    whole_forward: bool = False,
 ) -> KeptShape:
     """What stays of each layer at omission ``rate``, by the selectors' quotas (`selection.keep_count`).
 
     gqa: "group", whole query groups leave; "head", heads leave within every group, all keys and values stay.
-    modules: attention or mlp where these alone omit anything. whole_layers: that omit nothing. Raises ValueError where
-    selection groups do not divide the channels, or the query groups that leave whole.
+    modules: attention or mlp where these alone omit anything. whole_layers: that omit nothing. whole_forward: only
+    backwards omit. Raises ValueError where selection groups do not divide the channels, or the query groups that leave
+    whole.
     """
     heads, groups, channels = shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size
     if modules != "attention":
@@ -135,7 +139,13 @@ def kept_shape(
     elif modules != "mlp":
         groups = _quota(groups, rate, selection_groups, noun="query groups")
         heads = groups * shape.heads_per_group
-    return KeptShape(heads=heads, groups=groups, channels=channels, whole_layers=whole_layers if rate else 0)
+    return KeptShape(
+        heads=heads,
+        groups=groups,
+        channels=channels,
+        whole_layers=whole_layers if rate else 0,
+        whole_forward=whole_forward and rate > 0,
+    )
 
 
 def _quota(total: int, rate: Fraction, selection_groups: int, *, noun: str, multiple: int = 1) -> int:
@@ -161,14 +171,15 @@ def step_flops(
     The dense equivalent, by which models are compared, is ``step_flops(shape, whole(shape), tokens=tokens)``.
     """
     logits = 2 * shape.hidden_size * shape.padded_vocab_size
-    forward = again = 0
+    total = again = 0
     for layers, each in ((shape.num_layers - kept.whole_layers, kept), (kept.whole_layers, whole(shape))):
-        parts = layer_forward_flops(shape, each, causal=causal)
-        forward += layers * sum(parts.values())
+        backward = layer_forward_flops(shape, each, causal=causal)
+        parts = layer_forward_flops(shape, whole(shape), causal=causal) if each.whole_forward else backward
+        total += layers * (sum(parts.values()) + 2 * sum(backward.values()))
         named = parts if "full" in recompute.parts else recompute.parts
         again += layers * sum(parts.get(part, 0) for part in named)
     recomputed = shape.num_layers if recompute.layers is None else recompute.layers
-    return tokens * (3 * (forward + logits) + again * recomputed // shape.num_layers)
+    return tokens * (total + 3 * logits + again * recomputed // shape.num_layers)
 
 
 def masked_step_flops(shape: ModelShape, *, density: Fraction, tokens: int) -> Fraction:

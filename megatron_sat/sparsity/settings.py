@@ -6,6 +6,7 @@ from typing import Literal
 from megatron_sat.sparsity.importance import METRICS
 
 MODULES = ("all", "attention", "mlp")
+PASSES = ("both", "backward")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -46,6 +47,9 @@ class SelectionConfig:
     """none (the paper), or inverse-keep: a sparse module's output times 1 / (share kept)."""
     modules: str = "all"
     """What omits neurons: all, or attention or mlp alone. Ours; the paper's is all."""
+    omit: str = "both"
+    """both: omitted neurons are not computed (the paper); backward: they take part in the forward, and get no gradient.
+    Ours: the loss is the dense model's, its gradient that of the kept neurons."""
     whole_ends: int = 0
     """Layers at each end of the model, the first and the last so many, that omit none. Ours; the paper has none."""
     seed: int = 1234
@@ -60,6 +64,12 @@ class SelectionConfig:
         _one_of("--sat-dp-selection", self.dp_selection, ("shared", "local"))
         _one_of("--sat-rescale", self.rescale, ("none", "inverse-keep"))
         _one_of("--sat-modules", self.modules, MODULES)
+        _one_of("--sat-omit", self.omit, PASSES)
+        if self.omit == "backward" and self.rescale != "none":
+            raise ValueError(
+                f"--sat-rescale must be none with --sat-omit backward, got {self.rescale}: nothing is missing from an "
+                "output; leave it out"
+            )
         if self.whole_ends < 0:
             raise ValueError(f"--sat-whole-ends must be at least 0, got {self.whole_ends}")
         _at_least_one("--sat-selection-groups", self.selection_groups)

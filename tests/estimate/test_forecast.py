@@ -141,6 +141,8 @@ def test_replicas_on_several_hosts_use_the_network_and_someone_must_say_how_fast
 def test_context_parallelism_is_not_predicted():
     with pytest.raises(ValueError, match="--context-parallel-size must be 1 for a prediction, got 2: .* without"):
         predicted(f"{LADDER} --context-parallel-size 2", ranks=2)
+    with pytest.raises(ValueError, match="--sat-omit must be both for a prediction, got backward: .* without it"):
+        predicted(f"{LADDER} --sat-omit backward")
 
 
 def test_deepspeed_is_not_predicted():

@@ -91,6 +91,7 @@ def test_a_weight_that_is_cut_over_ranks_is_an_error() -> None:
     [
         ({"selection_groups": 3}, "--sat-selection-groups (3) must divide the query groups (4) of model.layers.0.self"),
         ({"selection_groups": 3, "gqa": "head"}, "--sat-selection-groups (3) must divide the channels (40) of model"),
+        ({"omit": "backward"}, "--sat-omit must be both inside transformers models, got backward; pretrain_sat.py"),
         ({"channel_multiple": 41}, "the multiple of kept units must be between 1 and the units of a selection group"),
     ],
 )

@@ -89,7 +89,7 @@ def test_the_formula_is_what_torch_counts_at_every_rate(gqa):
     assert len({kept.channels for kept in expected}) == 4  # four different counts, or the test says little
 
 
-PARTS: list[dict[str, Any]] = [{"modules": "mlp"}, {"modules": "attention"}, {"whole_ends": 1}]
+PARTS: list[dict[str, Any]] = [{"modules": "mlp"}, {"modules": "attention"}, {"whole_ends": 1}, {"omit": "backward"}]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -98,7 +98,11 @@ def test_the_formula_is_what_torch_counts_where_a_part_of_the_model_omits(recomp
     config, parts = RECOMPUTES[recompute]
     counted = counted_at(Fraction(0), Fraction(1, 2), selection=part, **config)
 
-    where = {"modules": part.get("modules", "all"), "whole_layers": 2 * part.get("whole_ends", 0)}
+    where = {
+        "modules": part.get("modules", "all"),
+        "whole_layers": 2 * part.get("whole_ends", 0),
+        "whole_forward": "omit" in part,
+    }
     expected = [
         kept_shape(TINY, rate, selection_groups=1, channel_multiple=1, gqa="group", **where)
         for rate in (Fraction(0), Fraction(1, 2))

@@ -1,0 +1,38 @@
+"""Runs that omit in the backward alone: the first loss is the dense one's, and ranks share the work as ever."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.program import SPARSE, Text, trained
+
+BACKWARD = f"{SPARSE} --sat-omit backward"
+
+
+def test_the_first_loss_is_the_dense_one(text: Text, tmp_path: Path) -> None:
+    dense, exact, sparse = (
+        trained(text.command(flags), tmp_path / f"{number}.jsonl")
+        for number, flags in enumerate(("", BACKWARD, SPARSE))
+    )
+    assert exact.losses[0] == pytest.approx(dense.losses[0], rel=1e-6)
+    assert exact.norms[0] != pytest.approx(dense.norms[0], rel=1e-3)
+    assert sparse.losses[0] != pytest.approx(dense.losses[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        ("--tensor-model-parallel-size 2 --sequence-parallel", 2),
+        ("--use-distributed-optimizer --overlap-grad-reduce", 2),
+        ("--sat-weights gather", 1),
+        ("--layer-graphs", 1),
+        ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", 1),
+    ],
+)
+def test_however_it_is_computed_it_is_the_same_run(flags: str, ranks: int, text: Text, tmp_path: Path) -> None:
+    random = f"{BACKWARD} --sat-importance uniform"  # looks at no token: replicas have other first micro-batches
+    alone = trained(text.command(random), tmp_path / "alone.jsonl")
+    found = trained(text.command(f"{random} {flags}"), tmp_path / "found.jsonl", ranks=ranks)
+    assert found.losses == pytest.approx(alone.losses, rel=1e-5)
+    assert found.norms == pytest.approx(alone.norms, rel=1e-4)
+    assert found.visits == alone.visits
