@@ -39,7 +39,7 @@ def _draw_losses(axes: Axes, comparison: Comparison, *, domain: str) -> None:
     Without a start it begins at the run's first evaluation.
     """
     before = None if comparison.start is None else comparison.start.final_loss[domain]
-    axes.set_ylim(*_frame([p.loss[domain] for run in comparison.runs for p in run.validations], before=before))
+    axes.set_ylim(*frame([p.loss[domain] for run in comparison.runs for p in run.validations], before=before))
     for run, colour in _coloured(comparison):
         points = [(point.elapsed_seconds, point.loss[domain]) for point in run.validations if point.step > 0]
         beginning = [] if before is None else [(0.0, before)]
@@ -50,7 +50,7 @@ def _draw_losses(axes: Axes, comparison: Comparison, *, domain: str) -> None:
     axes.grid(alpha=0.25)
 
 
-def _frame(losses: list[float], *, before: float | None) -> tuple[float, float]:
+def frame(losses: list[float], *, before: float | None) -> tuple[float, float]:
     """Lowest and highest loss to show: all of them, and ``before`` where it does not double their range."""
     low, high = min(losses), max(losses)
     if before is not None and max(high, before) - min(low, before) <= 2 * (high - low):

@@ -121,9 +121,14 @@ def verdicts(comparison: Comparison) -> list[str]:
 def _cost(candidate: Run, *, reference: Run) -> str:
     time = candidate.seconds / reference.seconds * reference.steps / candidate.steps
     flops = candidate.executed_flops / reference.executed_flops * reference.steps / candidate.steps
+    return cost_said(candidate.name, reference=reference.name, time=time, flops=flops)
+
+
+def cost_said(candidate: str, *, reference: str, time: float, flops: float) -> str:
+    """What a step costs, beside one of another run. time, flops: of that one's."""
     less, fewer = _change(time, "less", "more"), _change(flops, "fewer", "more")
     return (
-        f"A step of {candidate.name} took {less} time than one of {reference.name} and executed {fewer} "
+        f"A step of {candidate} took {less} time than one of {reference} and executed {fewer} "
         f"operations (means over each run): {1 / time:.2f} times as fast, where {1 / flops:.2f} times would "
         "be proportional to the operations."
     )
@@ -150,13 +155,22 @@ def _same_time(challenge: Challenge, *, domains: Sequence[str]) -> str:
 
 def time_said(challenge: Challenge) -> str:
     """Whether the control had the candidate's time, as a sentence begins."""
-    off = challenge.control.seconds / challenge.candidate.seconds - 1
-    if abs(off) <= TIME_TOLERANCE:
+    return time_beside(challenge.candidate.seconds, control=challenge.control.seconds)
+
+
+def time_beside(candidate: float, *, control: float) -> str:
+    """Whether a control had a candidate's time, both in seconds, as a sentence begins."""
+    if is_equal_time(candidate, control=control):
         return "At equal training time"
     return (
-        f"At unequal training time (the control took {_change(1 + off, 'less', 'more')}: the machine "
+        f"At unequal training time (the control took {_change(control / candidate, 'less', 'more')}: the machine "
         "changed its pace, run again when it is quiet)"
     )
+
+
+def is_equal_time(candidate: float, *, control: float) -> bool:
+    """Whether two times, both in seconds, are called the same."""
+    return abs(control / candidate - 1) <= TIME_TOLERANCE
 
 
 def _standings(candidate: Run, other: Run, *, domains: Sequence[str]) -> str:

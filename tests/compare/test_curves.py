@@ -80,6 +80,6 @@ def test_dense_runs_have_a_nominal_rate_of_zero_and_nothing_else(figure: Figure)
     ("before", "low", "high"), [(40.0, 5.0, 6.0), (4.5, 4.5, 6.0), (6.9, 5.0, 6.9), (None, 5.0, 6.0)]
 )
 def test_the_frame_holds_all_losses_and_a_start_that_is_not_far(before: float | None, low: float, high: float) -> None:
-    bottom, top = curves._frame([6.0, 5.0, 5.5], before=before)
+    bottom, top = curves.frame([6.0, 5.0, 5.5], before=before)
     assert low - 0.2 < bottom < low
     assert high < top < high + 0.2

@@ -1,0 +1,246 @@
+"""What is compared: a model to begin with, text, a budget, common settings, seeds, and variants; read from one mapping.
+
+`experiment_from` takes what a YAML file holds (docs/compare.md) and checks all that can be known without looking at
+the model. Domains of text are named LANGUAGE or LANGUAGE.DOMAIN; figures of a language are means over its domains.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROGRAMS = ("pretrain_sat.py", "finetune_sat.py")
+DENSE, EQUAL_TIME, RATE_ZERO = "dense", "dense_equal_time", "rate_0"
+"""The controls: dense with all steps, dense for a variant's time, a variant at omission rate 0."""
+CONTROLS = (DENSE, EQUAL_TIME, RATE_ZERO)
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_DOMAIN = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_PARTS = {
+    "": ("name", "program", "model", "data", "budget", "training", "seeds", "variants"),
+    "model": ("fresh", "checkpoint", "hf", "tokenizer"),
+    "data": ("train", "replay", "valid", "new", "old", "template"),
+    "budget": ("steps", "ranks"),
+}
+_HARNESS = (
+    *("train_iters", "train_samples", "train_epochs", "seed", "load", "save", "finetune", "log_jsonl", "data_path"),
+    *("train_data_path", "valid_data_path", "test_data_path", "replay_data_path", "data_cache_path", "exit_interval"),
+    *("exit_duration_in_mins", "sft", "split", "lr_decay_iters", "lr_decay_samples"),
+)
+"""Settings that the harness gives, or by which a control would see other text, or not decay over its own steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Where every run begins; one of the three is given."""
+
+    fresh: Mapping[str, Any] | None = None
+    """Settings of a model with random weights, the seed's own."""
+    checkpoint: Path | None = None
+    """Folder of an imported model, with model.yaml."""
+    hf: Path | None = None
+    """A Hugging Face folder, to be imported."""
+    tokenizer: Path | None = None
+    """A SentencePiece model or a Hugging Face folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One comparison, as it was asked for."""
+
+    name: str
+    program: str
+    """One of PROGRAMS."""
+    model: Model
+    train: Mapping[str, tuple[Path, ...]]
+    """By domain, files of text or one prefix of a prepared data set."""
+    replay: Mapping[str, tuple[Path, ...]]
+    """Likewise, of the text that must not be forgotten; its share is the setting replay_share."""
+    valid: Mapping[str, tuple[Path, ...]]
+    """Likewise, held out."""
+    new: str | None
+    """The language that is learnt; its loss decides when dense's is reached. None: all of them."""
+    old: str | None
+    """The language that may be forgotten; None: nothing is said of forgetting."""
+    template: str
+    """Of tools/prepare_sft.py, for finetune_sat.py."""
+    steps: int
+    """Updates of every run but the equal-time controls."""
+    ranks: int
+    """Processes of a run."""
+    training: Mapping[str, Any]
+    """Settings of every run, by key."""
+    seeds: tuple[int, ...]
+    variants: Mapping[str, Mapping[str, Any]]
+    """Settings of each beside the common ones."""
+
+    @property
+    def languages(self) -> dict[str, list[str]]:
+        """Domains of validation by language."""
+        found: dict[str, list[str]] = {}
+        for domain in self.valid:
+            found.setdefault(language_of(domain), []).append(domain)
+        return found
+
+    @property
+    def target(self) -> list[str]:
+        """The domains of validation that are learnt."""
+        return list(self.valid) if self.new is None else self.languages[self.new]
+
+
+def language_of(domain: str) -> str:
+    """What stands before the first dot."""
+    return domain.split(".", 1)[0]
+
+
+def sparse(settings: Mapping[str, Any]) -> bool:
+    """Whether a variant omits neurons at all."""
+    return settings.get("sat_schedule", "none") != "none" or "sat_preset" in settings
+
+
+def method_alone(settings: Mapping[str, Any]) -> bool:
+    """Whether a variant sets nothing but the method: at rate 0 it must be the dense run."""
+    return all(key.startswith("sat_") and key != "sat_preset" for key in settings)  # a preset sets batch and rate too
+
+
+def experiment_from(given: Mapping[str, Any], *, folder: Path, name: str) -> Experiment:
+    """What a file in ``folder`` holds. name: of the experiment, where the file gives none.
+
+    Raises ValueError for what is missing, unknown, or cannot be compared.
+    """
+    _require_keys(given, part="")
+    model, data, budget = (_part(given, part) for part in ("model", "data", "budget"))
+    seeds = given.get("seeds", [1])
+    variants = _part(given, "variants", known=False)
+    experiment = Experiment(
+        name=str(given.get("name", name)),
+        program=given.get("program", PROGRAMS[0]),
+        model=_model(model, folder=folder),
+        train=_domains(data, "train", folder=folder),
+        replay=_domains(data, "replay", folder=folder),
+        valid=_domains(data, "valid", folder=folder),
+        new=data.get("new"),
+        old=data.get("old"),
+        template=str(data.get("template", "tokenizer")),
+        steps=_count(budget, "steps"),
+        ranks=_count({"ranks": 1, **budget}, "ranks"),
+        training=_settings(_part(given, "training", known=False)),
+        seeds=tuple(seeds) if isinstance(seeds, list) else (seeds,),
+        variants={str(variant): _settings(settings or {}) for variant, settings in variants.items()},
+    )
+    _check(experiment, fine_tuning_only=[key for key in ("template",) if key in data])
+    return experiment
+
+
+def with_seeds(experiment: Experiment, seeds: Sequence[int]) -> Experiment:
+    """The same with other seeds. Raises ValueError for seeds that are none."""
+    changed = Experiment(**vars(experiment) | {"seeds": tuple(seeds)})
+    _check_seeds(changed.seeds)
+    return changed
+
+
+def _part(given: Mapping[str, Any], part: str, *, known: bool = True) -> Mapping[str, Any]:
+    value = given.get(part)
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"{part} must be given, as keys with values, got {value!r}; see examples/compare/small.yaml")
+    if known:
+        _require_keys(value, part=part)
+    return value
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys as the program has them, however they were written."""
+    return {str(key).lstrip("-").replace("-", "_"): value for key, value in given.items()}
+
+
+def _require_keys(given: Mapping[str, Any], *, part: str) -> None:
+    if unknown := [str(key) for key in given if key not in _PARTS[part]]:
+        where = f"{part}: " if part else ""
+        raise ValueError(f"{where}{', '.join(unknown)} must be a known key; there are {', '.join(_PARTS[part])}")
+
+
+def _count(given: Mapping[str, Any], key: str) -> int:
+    value = given.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"budget: {key} must be a whole number of at least 1, got {value!r}; write for instance 1000")
+    return value
+
+
+def _model(given: Mapping[str, Any], *, folder: Path) -> Model:
+    kinds = [kind for kind in ("fresh", "checkpoint", "hf") if kind in given]
+    if len(kinds) != 1:
+        raise ValueError(
+            f"model: one of fresh, checkpoint and hf must be given, got {' and '.join(kinds) or 'none'}; name where "
+            "every run begins"
+        )
+    paths = {key: (folder / given[key]).resolve() for key in ("checkpoint", "hf", "tokenizer") if key in given}
+    fresh = given.get("fresh")
+    if "fresh" in given and not isinstance(fresh, dict):
+        raise ValueError(f"model: fresh must hold the model's settings, got {fresh!r}; see examples/compare/small.yaml")
+    if "fresh" in given and "tokenizer" not in given:
+        raise ValueError(
+            "model: a fresh model must have a tokenizer, got none; name a SentencePiece model, or a Hugging Face folder"
+        )
+    return Model(fresh=fresh, **paths)
+
+
+def _domains(data: Mapping[str, Any], key: str, *, folder: Path) -> dict[str, tuple[Path, ...]]:
+    given = data.get(key, {})
+    if not isinstance(given, dict) or (not given and key != "replay"):
+        raise ValueError(f"data: {key} must name domains with files, got {given!r}; write zh.poetry: poetry.jsonl")
+    found = {}
+    for domain, files in given.items():
+        if not _DOMAIN.fullmatch(str(domain)):
+            raise ValueError(f"data: {key}: a domain must be LANGUAGE or LANGUAGE.DOMAIN, got {domain!r}; rename it")
+        paths = [files] if isinstance(files, str) else list(files or [])
+        if not paths:
+            raise ValueError(f"data: {key}: {domain} must have a file, got none; name one, or leave the domain out")
+        found[str(domain)] = tuple((folder / path).resolve() for path in paths)
+    return found
+
+
+def _check(experiment: Experiment, *, fine_tuning_only: Sequence[str]) -> None:
+    if experiment.program not in PROGRAMS:
+        raise ValueError(f"program must be {' or '.join(PROGRAMS)}, got {experiment.program!r}; choose one")
+    if fine_tuning_only and experiment.program != PROGRAMS[1]:
+        raise ValueError(f"data: {fine_tuning_only[0]} has no effect with {experiment.program}; leave it out")
+    _check_seeds(experiment.seeds)
+    places = [re.sub("[.-]", "_", name) for name in {*experiment.languages, *experiment.valid}]
+    if clashing := sorted({place for place in places if places.count(place) > 1}):
+        raise ValueError(
+            f"data: valid: names must differ by more than dots and dashes, {clashing[0]} is there twice; rename one"
+        )
+    for what, language in (("new", experiment.new), ("old", experiment.old)):
+        if language is not None and language not in experiment.languages:
+            raise ValueError(
+                f"data: {what} must be a language of data: valid, got {language!r}; there are "
+                f"{', '.join(experiment.languages)}"
+            )
+    _check_settings(experiment)
+
+
+def _check_seeds(seeds: Sequence[Any]) -> None:
+    whole = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
+    if not seeds or not whole or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be different whole numbers, at least one, got {list(seeds)}; write [1, 2, 3]")
+
+
+def _check_settings(experiment: Experiment) -> None:
+    for name, settings in experiment.variants.items():
+        if not _NAME.fullmatch(name) or name.startswith(DENSE) or name.endswith(RATE_ZERO):
+            raise ValueError(
+                f"variants: a name must be of a-z, 0-9 and _, not begin with {DENSE} and not end with {RATE_ZERO}, "
+                f"which are the controls', got {name!r}; rename it"
+            )
+        if not settings:
+            raise ValueError(f"variants: {name} must set something, it sets nothing and would be dense; leave it out")
+    if method := sorted(key for key in experiment.training if key.startswith("sat_")):
+        raise ValueError(
+            f"training: {method[0]} must stand in a variant, it would hold for the dense controls too; move it there"
+        )
+    for where, settings in {"training": experiment.training, **experiment.variants}.items():
+        for key in settings:
+            if key in _HARNESS:
+                raise ValueError(
+                    f"{where}: {key} is the harness's to set, got {settings[key]!r}; use budget, seeds, model and data"
+                )

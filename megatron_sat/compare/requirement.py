@@ -1,0 +1,201 @@
+"""Requirements of a comparison, as automation states them: ``sat.zh_bpc <= dense_equal_time.zh_bpc + 0.005``.
+
+    requirement  sum  <= | < | >= | > | == | !=  sum
+    sum          product { + | - product }
+    product      factor { * | / factor }
+    factor       number | name | - factor | ( sum )
+    name         GROUP.FIGURE or GROUP.FIGURE.STATISTIC; without one the mean over seeds is meant
+
+Nothing is evaluated but these. ``dense_equal_time`` alone is the control of the one variant that is named beside it.
+"""
+
+import math
+import operator
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from megatron_sat.compare.experiment import EQUAL_TIME
+from megatron_sat.compare.study import Study
+
+STATISTICS = ("mean", "std", "min", "max")
+_COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
+    "<=": operator.le,
+    "<": operator.lt,
+    ">=": operator.ge,
+    ">": operator.gt,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+_TOKEN = re.compile(
+    r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)|(?P<name>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)"
+    r"|(?P<sign><=|>=|==|!=|[-+*/()<>]))"
+)
+_DEEPEST = 50
+"""Parentheses and signs within each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether a requirement holds, and the values of both its sides."""
+
+    text: str
+    holds: bool
+    left: float
+    right: float
+    doubt: str | None = None
+    """Why it cannot be judged; None: it can."""
+
+    def __str__(self) -> str:
+        said = "holds" if self.holds else "does not hold"
+        why = "" if self.doubt is None else f", for {self.doubt}"
+        return f"{self.text}: {said}, {self.left:.6g} against {self.right:.6g}{why}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Name:
+    """One number of a study."""
+
+    group: str
+    figure: str
+    statistic: str
+
+
+def judge(text: str, study: Study) -> Verdict:
+    """Whether a requirement holds.
+
+    A side that is no number, such as a loss that diverged, fulfils nothing, and neither does a control that did not
+    have the time that it is named for. Raises what `check` raises, and ValueError for a figure that a group lacks.
+    """
+    check(text, groups=study.names, figures={figure for found in study.figures.values() for figure in found})
+    named: list[str] = []
+
+    def value(name: Name) -> float:
+        found = study.figures[study.names[name.group]]
+        if name.figure not in found:
+            raise ValueError(
+                f"--require: {name.group} must have {name.figure}, it has {', '.join(sorted(found))}; ask for another"
+            )
+        named.append(name.group)
+        return float(getattr(found[name.figure], name.statistic))
+
+    left, sign, right = _Parser(text, groups=study.names).requirement(value)
+    known = not (math.isnan(left) or math.isnan(right))
+    off = [v for v in study.equal_time if f"{EQUAL_TIME}_{v}" in named and study.off_time(v)]
+    doubt = f"{EQUAL_TIME}_{off[0]} did not have the time of {off[0]}" if off else None
+    holds = known and doubt is None and _COMPARISONS[sign](left, right)
+    return Verdict(text=text, holds=holds, left=left, right=right, doubt=doubt)
+
+
+def check(text: str, *, groups: Collection[str], figures: Collection[str]) -> None:
+    """Raise ValueError for what is no requirement, or names a group, figure or statistic that will not be there."""
+
+    def value(name: Name) -> float:
+        for what, given, known in (
+            ("a group", name.group, groups),
+            ("a figure", name.figure, figures),
+            ("a statistic", name.statistic, STATISTICS),
+        ):
+            if given not in known:
+                raise ValueError(
+                    f"--require {text!r}: {given} must be {what} of this comparison; there are "
+                    f"{', '.join(sorted(known))}"
+                )
+        return 1.0
+
+    _Parser(text, groups=groups).requirement(value)
+
+
+class _Parser:
+    """Reads a requirement from left to right; `value` gives a name's number."""
+
+    def __init__(self, text: str, *, groups: Collection[str]) -> None:
+        self._text, self._groups = text, groups
+        self._tokens = self._read()
+        self._place, self._depth = 0, 0
+        variants = {word.split(".")[0] for kind, word in self._tokens if kind == "name"} - {EQUAL_TIME}
+        self._controlled = sorted(variant for variant in variants if f"{EQUAL_TIME}_{variant}" in groups)
+
+    def requirement(self, value: Callable[[Name], float]) -> tuple[float, str, float]:
+        left = self._sum(value)
+        kind, sign = self._next()
+        if sign not in _COMPARISONS:
+            raise self._wrong(f"one of {' '.join(_COMPARISONS)} must stand between its sides, got {sign or 'its end'}")
+        right = self._sum(value)
+        kind, rest = self._next()
+        if kind:
+            raise self._wrong(f"it must end after its right side, got {rest}")
+        return left, sign, right
+
+    def _sum(self, value: Callable[[Name], float]) -> float:
+        total = self._product(value)
+        while self._peek() in ("+", "-"):
+            _, sign = self._next()
+            other = self._product(value)
+            total = total + other if sign == "+" else total - other
+        return total
+
+    def _product(self, value: Callable[[Name], float]) -> float:
+        total = self._factor(value)
+        while self._peek() in ("*", "/"):
+            _, sign = self._next()
+            other = self._factor(value)
+            total = total * other if sign == "*" else (total / other if other else math.nan)
+        return total
+
+    def _factor(self, value: Callable[[Name], float]) -> float:
+        kind, word = self._next()
+        if kind == "number":
+            return float(word)
+        if kind == "name":
+            return value(self._named(word))
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise self._wrong(f"at most {_DEEPEST} signs and parentheses may stand within each other")
+        if word == "-":
+            found = -self._factor(value)
+        elif word == "(":
+            found = self._sum(value)
+            if self._next()[1] != ")":
+                raise self._wrong("a parenthesis must be closed")
+        else:
+            raise self._wrong(f"a number, a name or a parenthesis must stand where {word or 'its end'} is")
+        self._depth -= 1
+        return found
+
+    def _named(self, word: str) -> Name:
+        parts = word.split(".")
+        if len(parts) not in (2, 3):
+            raise self._wrong(f"a name must be GROUP.FIGURE or GROUP.FIGURE.STATISTIC, got {word}")
+        group, figure, *statistic = parts
+        if group == EQUAL_TIME and EQUAL_TIME not in self._groups:
+            if len(self._controlled) != 1:
+                controls = ", ".join(sorted(name for name in self._groups if name.startswith(EQUAL_TIME)))
+                raise self._wrong(
+                    f"{EQUAL_TIME} must be of one variant named beside it, got "
+                    f"{' and '.join(self._controlled) or 'none'}; name the control: {controls or 'it was left out'}"
+                )
+            group = f"{EQUAL_TIME}_{self._controlled[0]}"
+        return Name(group=group, figure=figure, statistic=(statistic or ["mean"])[0])
+
+    def _read(self) -> list[tuple[str, str]]:
+        tokens, place, text = [], 0, self._text.rstrip()
+        while place < len(text):
+            found = _TOKEN.match(text, place)
+            if found is None:
+                raise self._wrong(f"it may hold names, numbers, + - * / ( ) and a comparison, got {text[place:]!r}")
+            assert found.lastgroup is not None
+            tokens.append((found.lastgroup, found[found.lastgroup]))
+            place = found.end()
+        return tokens
+
+    def _peek(self) -> str:
+        return self._tokens[self._place][1] if self._place < len(self._tokens) else ""
+
+    def _next(self) -> tuple[str, str]:
+        token = self._tokens[self._place] if self._place < len(self._tokens) else ("", "")
+        self._place += 1
+        return token
+
+    def _wrong(self, rule: str) -> ValueError:
+        return ValueError(f"--require {self._text!r}: {rule}; write for instance sat.zh_bpc <= dense.zh_bpc + 0.005")
