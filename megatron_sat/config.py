@@ -21,7 +21,7 @@ from megatron_sat.baselines.settings import SpdfConfig
 from megatron_sat.data.blend import DataConfig
 from megatron_sat.data.sft import SFTConfig
 from megatron_sat.engines.optim import LearningRateConfig
-from megatron_sat.flags.baselines import check_baseline, spdf_config
+from megatron_sat.flags.baselines import check_baseline, growing, phases, spdf_config
 from megatron_sat.flags.checks import check, prerequisites
 from megatron_sat.flags.deepspeed import deepspeed_settings
 from megatron_sat.flags.defaults import Machine, data_parallel_size, resolve
@@ -155,7 +155,9 @@ def compose(given: Settings, *, machine: Machine, world_size: int) -> Config:
         data=_data(settings),
         sft=sft_config(settings),
         schedule=_schedule(settings, training=training),
-        selection=SelectionConfig(**_named(SelectionConfig, settings, prefix="sat_")),
+        selection=SelectionConfig(
+            **_named(SelectionConfig, settings, prefix="sat_"), growing=growing(settings, steps=training.train_iters)
+        ),
         weights=settings["sat_weights"],
         layer_graphs=settings["layer_graphs"],
         omitted_neurons=settings["sat_omitted_neurons"],
@@ -257,6 +259,7 @@ def _schedule(s: Settings, *, training: TrainingConfig) -> ScheduleConfig:
         start=s["sat_schedule_start"],
         rungs=s["sat_rungs"],
         train_iters=training.train_iters,
+        **(phases(s) if s["sat_schedule"] == "mst" else {}),
     )
 
 

@@ -5,10 +5,13 @@ from typing import Any
 
 from megatron_sat.baselines.settings import SPDF_MASKS, SpdfConfig
 from megatron_sat.flags.flag import Flag, Settings, dashed, option
+from megatron_sat.sparsity.growing import Growing
 
 BY_MASKS = ("spdf",)
 """Baselines that leave out single weights, by masks."""
-KINDS = ("none", *BY_MASKS)
+KINDS = ("none", *BY_MASKS, "mst-structured")
+MST = ("mst-structured",)
+"""Those with MST's three phases."""
 
 BASELINES: tuple[Flag, ...] = (
     option("baseline", choices=KINDS, default="none", help="a method that SAT is compared with"),
@@ -20,6 +23,13 @@ BASELINES: tuple[Flag, ...] = (
         default="magnitude",
         help="which weights are zero: of least magnitude, or random, as its authors do who train from scratch",
     ),
+    option("mst_rate", "rate", help="s_u, share left out in the ultra-sparse phase, in [0, 1)"),
+    option("mst_warmup", "int", help="steps of the first phase, from dense to s_u"),
+    option("mst_restoration", "int", help="steps of the last phase, from s_u to dense"),
+    option("mst_stages", "int", default=5, help="n, stages of the first and of the last phase"),
+    option("mst_interval", "int", default=100, help="Δ, steps between two changes of what takes part"),
+    option("mst_replaced", "float", default=0.3, help="ζ, share of what takes part that the first change replaces"),
+    option("mst_random_share", "float", default=0.25, help="share of what grows that is random"),
 )
 _NEEDS: tuple[tuple[str, Any, str], ...] = (
     ("sat_schedule", "none", "the model is sparse in one way at a time"),
@@ -30,6 +40,51 @@ _NEEDS: tuple[tuple[str, Any, str], ...] = (
     ("use_precision_aware_optimizer", False, "masked weights must be zero in the optimizer's copies"),
 )
 """(key, value, reason) beside a baseline by masks."""
+
+
+def phases(settings: Settings) -> dict[str, int]:
+    """Further arguments of a `ScheduleConfig` of kind mst."""
+    return {name: settings[f"mst_{name}"] for name in ("warmup", "restoration", "stages", "interval")}
+
+
+def growing(settings: Settings, *, steps: int) -> Growing | None:
+    """How kept units are replaced; None where MST's way of choosing is not used."""
+    if settings["sat_selection"] != "mixed-growing":
+        return None
+    share = settings["mst_random_share"]
+    return Growing(replaced=settings["mst_replaced"], random_share=share, last_step=steps)
+
+
+def resolve_baseline(settings: dict[str, Any], *, given: Settings) -> None:
+    """Fill in the settings of the method that a baseline stands for. Raises ValueError for others than those."""
+    if settings["baseline"] != "mst-structured":
+        for key, value in (("sat_schedule", "mst"), ("sat_selection", "mixed-growing")):
+            if settings[key] == value:
+                raise ValueError(f"{dashed(key)} {value} belongs to --baseline mst-structured, got it without; add it")
+        return
+    _refuse_missing(settings)
+    settings["mst_rate"] = _written(_rate(settings, "mst_rate"))
+    implied = {
+        "sat_schedule": "mst",
+        "sat_omission_rate": settings["mst_rate"],
+        "sat_selection": "mixed-growing",
+        "sat_selection_interval": settings["mst_interval"],
+    }
+    for key, value in implied.items():
+        if given.get(key) not in (None, value):
+            raise ValueError(
+                f"{dashed(key)} follows from --baseline mst-structured, which makes it {value}, got {given[key]}; "
+                "leave it out"
+            )
+    settings |= implied
+    if given.get("sat_importance") is None:
+        settings["sat_importance"] = "contribution"
+
+
+def _refuse_missing(s: Settings) -> None:
+    for key in ("mst_rate", "mst_warmup", "mst_restoration"):
+        if s[key] is None:
+            raise ValueError(f"--baseline {s['baseline']} needs {dashed(key)}, which is not given; add it")
 
 
 def spdf_config(settings: Settings) -> SpdfConfig | None:
@@ -45,16 +100,27 @@ def spdf_config(settings: Settings) -> SpdfConfig | None:
 
 
 def _rate(settings: Settings, key: str) -> Fraction:
-    """An exact share, as it was written."""
+    """An exact share in [0, 1), as it was written."""
     try:
-        return Fraction(settings[key])
+        rate = Fraction(settings[key])
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"{dashed(key)} must be a number such as 0.5 or 1/2, got {settings[key]!r}") from None
+    if not 0 <= rate < 1:
+        raise ValueError(f"{dashed(key)} must be in [0, 1), got {settings[key]}; it is the share left out")
+    return rate
+
+
+def _written(rate: Fraction) -> str:
+    """A share in one spelling, exact: a decimal where it has one, else a fraction."""
+    decimal = repr(float(rate))
+    return decimal if Fraction(decimal) == rate else str(rate)
 
 
 def check_baseline(settings: Settings) -> None:
     """Raise ValueError where a baseline cannot be what its source describes. settings: resolved."""
     kind = settings["baseline"]
+    if kind == "mst-structured":
+        _check_structured(settings)
     if kind not in BY_MASKS:
         return
     for key, value, reason in _NEEDS:
@@ -64,6 +130,18 @@ def check_baseline(settings: Settings) -> None:
             raise ValueError(f"--baseline {kind} needs {wanted}, got {got}: {reason}; leave one of them out")
     if kind == "spdf":
         _check_spdf(settings)
+
+
+def _check_structured(s: Settings) -> None:
+    if s["sat_importance"] == "uniform":
+        raise ValueError(
+            "--baseline mst-structured needs scores that differ, got --sat-importance uniform; use contribution"
+        )
+    if s["sat_dp_selection"] == "local":
+        raise ValueError(
+            "--baseline mst-structured needs --sat-dp-selection shared, got local: a checkpoint carries one replica's "
+            "choice, and the next one goes out from it; leave one of them out"
+        )
 
 
 def _check_spdf(s: Settings) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
+from megatron_sat.flags.baselines import resolve_baseline
 from megatron_sat.flags.deepspeed import resolve_engine
 from megatron_sat.flags.flag import Settings
 from megatron_sat.flags.table import table
@@ -66,6 +67,7 @@ def resolve(given: Settings, *, machine: Machine, world_size: int) -> dict[str, 
     settings = {flag.key: flag.default for flag in table().working}
     settings |= {key: value for key, value in given.items() if key in settings and value is not None}
     resolve_engine(settings)
+    resolve_baseline(settings, given=given)
     _layout(settings, machine=machine)
     _model(settings, machine=machine)
     _precision(settings)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from megatron_sat.flags import sat
+from megatron_sat.flags.baselines import MST
 from megatron_sat.flags.flag import Flag, Settings, dashed
 from megatron_sat.flags.table import table
 
@@ -63,8 +64,13 @@ METHOD: tuple[Rule, ...] = (
     ),
     Rule(
         keys="sat_temperature sat_seed",
-        idle=lambda s: s["sat_selection"] != "sampling",
+        idle=lambda s: s["sat_selection"] == "top-k",
         beside="with --sat-selection top-k, which draws nothing",
+    ),
+    Rule(
+        keys="sat_temperature",
+        idle=lambda s: s["sat_selection"] == "mixed-growing",
+        beside="with --baseline mst-structured, which draws evenly",
     ),
     Rule(
         keys="sat_swiglu_score",
@@ -122,6 +128,11 @@ METHOD: tuple[Rule, ...] = (
         beside="with --sft, which reads every example once an epoch",
     ),
     Rule(keys="spdf_*", idle=lambda s: s["baseline"] != "spdf", beside="without --baseline spdf"),
+    Rule(
+        keys="mst_*",
+        idle=lambda s: s["baseline"] not in MST,
+        beside="without --baseline mst-structured",
+    ),
     Rule(keys="preflight_timeout", idle=lambda s: s["preflight"] is False, beside="with --no-preflight"),
     Rule(keys="max_bad_steps", idle=lambda s: s["on_bad_step"] == "stop", beside="with --on-bad-step stop"),
     Rule(

@@ -6,11 +6,16 @@ from megatron_sat.flags.flag import Flag, option, switch
 from megatron_sat.flags.presets import PRESET
 from megatron_sat.sparsity.importance import METRICS
 from megatron_sat.sparsity.schedule import KINDS
-from megatron_sat.sparsity.settings import MODULES, PASSES
+from megatron_sat.sparsity.settings import MODULES, PASSES, SELECTIONS
 from megatron_sat.training.guard import POLICIES
 
 METHOD: tuple[Flag, ...] = (
-    option("sat_schedule", choices=KINDS, default="none", help="omission rate over the run; none is dense"),
+    option(
+        "sat_schedule",
+        choices=KINDS,
+        default="none",
+        help="omission rate over the run; none is dense, mst is of --baseline mst-structured",
+    ),
     option("sat_omission_rate", "rate", help="r, share of neurons left out in the first step, in [0, 1)"),
     option("sat_schedule_start", "int", help="η, last step at the full rate: ladder, linear, cosine"),
     option("sat_rungs", "int", help="L, stages of the descent: ladder"),
@@ -21,7 +26,12 @@ METHOD: tuple[Flag, ...] = (
         default="gate",
         help="what scores a gated channel",
     ),
-    option("sat_selection", choices=("sampling", "top-k"), default="sampling", help="from scores to neurons"),
+    option(
+        "sat_selection",
+        choices=SELECTIONS,
+        default="sampling",
+        help="from scores to neurons; mixed-growing is of --baseline mst-structured",
+    ),
     option("sat_temperature", "float", default=0.05, help="τ of the sampling, above 0"),
     option("sat_selection_groups", "int", help="G, quotas a layer; as many as TP ranks unless given"),
     option("sat_selection_interval", "int", default=1, help="K, steps that a choice is kept"),

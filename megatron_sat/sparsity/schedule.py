@@ -1,8 +1,8 @@
-"""The omission rate as a pure function of the step: the ladder (eq. 11), constant, linear, cosine, none.
+"""The omission rate as a pure function of the step: the ladder (eq. 11), constant, linear, cosine, MST's phases, none.
 
 Steps count from 1 for the first optimizer update to T for the last. Rates are exact fractions: in floats
 ``r - r / L * l`` gives 0.6000000000000001 where 0.6 is meant, and a rung that keeps 3 of 10 heads instead
-of 4. No schedule ever rises, so steps of one rate lie together: a rung. A step outside 1..T is an error, for
+of 4. Steps of one rate lie together: a rung; only MST's rate ever rises. A step outside 1..T is an error, for
 whoever asks about one has lost count; look one step ahead with `Schedule.last_step`, and evaluate outside a
 step, where all is dense.
 """
@@ -26,8 +26,17 @@ _READS: dict[str, tuple[str, ...]] = {
     "linear": ("omission_rate", "start"),
     "cosine": ("omission_rate", "start"),
     "ladder": ("omission_rate", "start", "rungs"),
+    "mst": ("omission_rate", "warmup", "restoration", "stages", "interval"),
 }
-_FLAGS = {"omission_rate": "--sat-omission-rate", "start": "--sat-schedule-start", "rungs": "--sat-rungs"}
+_FLAGS = {
+    "omission_rate": "--sat-omission-rate",
+    "start": "--sat-schedule-start",
+    "rungs": "--sat-rungs",
+    "warmup": "--mst-warmup",
+    "restoration": "--mst-restoration",
+    "stages": "--mst-stages",
+    "interval": "--mst-interval",
+}
 
 KINDS = tuple(_READS)
 """What ``--sat-schedule`` takes."""
@@ -60,13 +69,21 @@ class ScheduleConfig:
     """Which schedule, over how many steps. None means not given; a kind wants just what it reads."""
 
     kind: str = "none"
-    """ladder (LORS, eq. 11), constant, linear, cosine, or none (dense)."""
+    """ladder (LORS, eq. 11), constant, linear, cosine, mst (Mixed Sparsity Training), or none (dense)."""
     omission_rate: Fraction | None = None
-    """r, the rate of the first step, exact (`parse_rate`), in [0, 1). Every kind but none."""
+    """r, the highest rate, exact (`parse_rate`), in [0, 1); all but mst begin with it. Every kind but none."""
     start: int | None = None
     """η, the last step at rate r, in 0..T; T never comes down. ladder, linear, cosine."""
     rungs: int | None = None
     """L, stages of the descent, the last one dense; at least 1. ladder."""
+    warmup: int | None = None
+    """Steps of the ascent from dense to r. mst."""
+    restoration: int | None = None
+    """Steps of the descent back to dense. mst."""
+    stages: int | None = None
+    """n, stages of each of the two, at least 1 and none shorter than an interval. mst."""
+    interval: int | None = None
+    """Δ, steps at whose multiples alone the rate changes, at least 1. mst."""
     train_iters: int
     """T, optimizer updates of the whole run, at least 1."""
 
@@ -88,6 +105,27 @@ class ScheduleConfig:
         if self.rungs is not None and self.rungs < 1:
             raise ValueError(
                 f"--sat-rungs must be at least 1, got {self.rungs}; 1 goes from the rate to dense at once"
+            )
+        if self.kind == "mst":
+            self._check_phases()
+
+    def _check_phases(self) -> None:
+        assert self.warmup is not None and self.restoration is not None
+        assert self.stages is not None and self.interval is not None
+        for field in ("stages", "interval"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{_FLAGS[field]} must be at least 1, got {getattr(self, field)}; leave it out")
+        least = self.stages * self.interval
+        for field in ("warmup", "restoration"):
+            if getattr(self, field) < least:
+                raise ValueError(
+                    f"{_FLAGS[field]} must be at least --mst-stages x --mst-interval ({self.stages} x {self.interval}),"
+                    f" got {getattr(self, field)}; no stage may be shorter than an interval"
+                )
+        if self.warmup + self.restoration > self.train_iters:
+            raise ValueError(
+                f"--mst-warmup and --mst-restoration must fit into --train-iters ({self.train_iters}), got "
+                f"{self.warmup} and {self.restoration}; shorten them"
             )
 
     def _check_presence(self, field: str) -> None:
@@ -135,7 +173,9 @@ class Schedule:
     last_step: int
     """T."""
     rate_at: Callable[[int], Fraction]
-    """The rate of a step in 1..T; it must never rise from one step to the next."""
+    """The rate of a step in 1..T; it must never fall up to `turn`, and never rise after it."""
+    turn: int = 0
+    """The last step of an ascent; 0 where there is none."""
 
     def rate(self, step: int) -> Fraction:
         """Omission rate of ``step``. Raises ValueError outside 1..T."""
@@ -150,7 +190,10 @@ class Schedule:
         """The runs of equal rate, in order, covering 1..T without a gap."""
         rungs: list[Rung] = []
         while (first := rungs[-1].last + 1 if rungs else 1) <= self.last_step:
-            rungs.append(Rung(first=first, last=self._last_of_run(first), rate=self.rate_at(first)))
+            rate, last = self.rate_at(first), self._last_of_run(first)
+            if rungs and rungs[-1].rate == rate:  # the turn lies inside a rung
+                first = rungs.pop().first
+            rungs.append(Rung(first=first, last=last, rate=rate))
         return rungs
 
     def mean_rate(self) -> Fraction:
@@ -159,15 +202,17 @@ class Schedule:
 
     def _last_of_run(self, first: int) -> int:
         """Last step with the rate of ``first``: doubling strides, then bisection: runs may be long."""
-        rate, stride = self.rate_at(first), 1
-        while first + stride <= self.last_step and self.rate_at(first + stride) == rate:
+        rate, stride, end = self.rate_at(first), 1, self.turn if first <= self.turn else self.last_step
+        while first + stride <= end and self.rate_at(first + stride) == rate:
             stride *= 2
-        steps = range(first, min(first + stride, self.last_step) + 1)
-        return first - 1 + bisect_right(steps, -rate, key=lambda step: -self.rate_at(step))
+        steps = range(first, min(first + stride, end) + 1)
+        return first - 1 + bisect_right(steps, False, key=lambda step: self.rate_at(step) != rate)
 
 
 def build_schedule(config: ScheduleConfig) -> Schedule:
     """The schedule that ``config`` describes."""
+    if config.kind == "mst":
+        return _phases(config)
     rate, end = Fraction(config.omission_rate or 0), config.train_iters
     start = end if config.start is None else config.start  # constant and none never come down
     shares: dict[str, Callable[..., Fraction]] = {
@@ -180,6 +225,29 @@ def build_schedule(config: ScheduleConfig) -> Schedule:
         return rate if step <= start else rate * shares[config.kind](step - start, out_of=end - start)
 
     return Schedule(last_step=end, rate_at=rate_at)
+
+
+def _phases(config: ScheduleConfig) -> Schedule:
+    """MST: warm-up, ultra-sparsification, restoration, as the mirror of the first. Rates change with the intervals."""
+    assert config.warmup is not None and config.restoration is not None
+    assert config.stages is not None and config.interval is not None
+    rate, stages, interval = Fraction(config.omission_rate or 0), config.stages, config.interval
+    warmup, restoration, end = config.warmup, config.restoration, config.train_iters
+
+    def rate_at(step: int) -> Fraction:
+        first = step - (step - 1) % interval
+        if first <= warmup:
+            return rate * cubic_share((first - 1) * stages // warmup, out_of=stages)
+        if first > end - restoration:
+            return rate * cubic_share((end - first) * stages // restoration, out_of=stages)
+        return rate
+
+    return Schedule(last_step=end, rate_at=rate_at, turn=min(math.ceil(warmup / interval) * interval, end))
+
+
+def cubic_share(stage: int, *, out_of: int) -> Fraction:
+    """MST's share of s_u in stage k of n: 1 - (1 - k/n)^3, exact; 0 in the first one, k = 0."""
+    return 1 - (1 - Fraction(stage, out_of)) ** 3
 
 
 def linear_share(done: int, *, out_of: int) -> Fraction:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_sat.sparsity.compact import Packing
+from megatron_sat.sparsity.growing import regrow
 from megatron_sat.sparsity.importance import METRICS, Needs
 from megatron_sat.sparsity.neurons import Kept, Neurons
 from megatron_sat.sparsity.noise import Noise, Part, Take
@@ -161,6 +162,17 @@ class Selector:
             scores = self.neurons.scores_of_columns(self._metric.score(weight, sums))
         else:
             scores = self.neurons.scores_of_rows(self._metric.score(self.neurons.scored_rows(weight), sums))
+        if self.config.growing is not None:
+            assert self._wanted is not None and noise is not None
+            return regrow(
+                scores,
+                before=self._choice,
+                groups=self.place.groups,
+                keep=self.units_to_keep // self.place.groups,
+                growing=self.config.growing,
+                step=self._wanted[0],
+                noise=noise,
+            )
         return select(
             scores,
             groups=self.place.groups,
@@ -179,7 +191,7 @@ class Selector:
     @property
     def samples(self) -> bool:
         """Whether noise takes part in the choice."""
-        return self.config.selection == "sampling"
+        return self.config.selection != "top-k"
 
     @property
     def sums_width(self) -> int:

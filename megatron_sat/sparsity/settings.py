@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_sat.sparsity.growing import Growing
 from megatron_sat.sparsity.importance import METRICS
 
 MODULES = ("all", "attention", "mlp")
+SELECTIONS = ("sampling", "top-k", "mixed-growing")
 PASSES = ("both", "backward")
 
 
@@ -28,7 +30,9 @@ class SelectionConfig:
     swiglu_score: str = "gate"
     """Rows of a gated fc1 that score a channel: gate, up, gate+up. Ours; the paper has no gate."""
     selection: str = "sampling"
-    """sampling (softmax of scores / temperature, without replacement) or top-k."""
+    """sampling (softmax of scores / temperature, without replacement), top-k, or mixed-growing (MST's)."""
+    growing: Growing | None = None
+    """How mixed-growing replaces units; None for the others."""
     temperature: float = 0.05
     """τ of eq. 8, above 0; used by sampling."""
     selection_groups: int = 1
@@ -58,7 +62,8 @@ class SelectionConfig:
     def __post_init__(self) -> None:
         _one_of("--sat-importance", self.importance, tuple(METRICS))
         _one_of("--sat-swiglu-score", self.swiglu_score, ("gate", "up", "gate+up"))
-        _one_of("--sat-selection", self.selection, ("sampling", "top-k"))
+        _one_of("--sat-selection", self.selection, SELECTIONS)
+        assert (self.selection == "mixed-growing") == (self.growing is not None), "it comes with its settings"
         _one_of("--sat-gqa", self.gqa, ("group", "head"))
         _one_of("--sat-statistics", self.statistics, ("fresh", "lagged"))
         _one_of("--sat-dp-selection", self.dp_selection, ("shared", "local"))

@@ -1,12 +1,16 @@
 """Settings of the baselines: what they come to, and what is refused beside them."""
 
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
 from megatron_sat.baselines.settings import SpdfConfig
+from megatron_sat.cli import as_yaml, parse
 from megatron_sat.flags.baselines import check_baseline
+from megatron_sat.flags.defaults import Machine
 from megatron_sat.flags.flag import dashed
+from megatron_sat.sparsity.growing import Growing
 from tests.helpers.command_line import LADDER, refusal, run
 
 SPDF = "--baseline spdf --spdf-until 60"
@@ -25,6 +29,7 @@ def test_the_settings_of_spdf_are_its_sources_unless_given() -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
+        (f"{SPDF} --spdf-rate 3/0", "--spdf-rate must be a number such as 0.5 or 1/2, got '3/0'"),
         ("--spdf-rate 0.5", "--spdf-rate has no effect without --baseline spdf; leave it out"),
         ("--baseline spdf", "--baseline spdf needs --spdf-until, which is not given; the paper compares with two"),
         (f"{SPDF} --spdf-rate half", "--spdf-rate must be a number such as 0.5 or 1/2, got 'half'"),
@@ -41,6 +46,57 @@ def test_the_settings_of_spdf_are_its_sources_unless_given() -> None:
 )
 def test_a_baseline_that_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], more: str, said: str) -> None:
     assert refusal(capsys, more).startswith(f"error: {said}")
+
+
+MST = "--mst-rate 3/4 --mst-warmup 20 --mst-restoration 20 --mst-stages 2 --mst-interval 10"
+STRUCTURED = f"--baseline mst-structured {MST}"
+
+
+def test_structured_mst_is_a_schedule_and_a_way_of_choosing() -> None:
+    config = run(STRUCTURED)
+    assert config.baseline is None
+    assert (config.schedule.kind, config.schedule.omission_rate) == ("mst", Fraction(3, 4))
+    selection = config.selection
+    assert (selection.selection, selection.selection_interval, selection.importance) == (
+        "mixed-growing",
+        10,
+        "contribution",
+    )
+    assert selection.growing == Growing(replaced=0.3, random_share=0.25, last_step=100)
+    assert run(f"{STRUCTURED} --sat-importance maxip").selection.importance == "maxip"
+
+
+def test_a_resolved_configuration_of_structured_mst_is_the_same_run_again(tmp_path: Path) -> None:
+    for rate in ("3/4", "1/3"):
+        config = run(STRUCTURED.replace("3/4", rate))
+        file = tmp_path / "config.yaml"
+        file.write_text(as_yaml(config.settings))
+        assert parse(["--config", str(file)], world_size=1, cuda=False, machine=Machine(cuda=False)) == config
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--mst-rate 0.5", "--mst-rate has no effect without --baseline mst-structured; leave it out"),
+        ("--baseline mst-structured", "--baseline mst-structured needs --mst-rate, which is not given; add it"),
+        (STRUCTURED.replace("3/4", "1"), "--mst-rate must be in [0, 1), got 1; it is the share left out"),
+        (f"{STRUCTURED} --sat-schedule ladder", "--sat-schedule follows from --baseline mst-structured, which makes"),
+        (f"{STRUCTURED} --sat-selection-interval 3", "--sat-selection-interval follows from --baseline mst-structured"),
+        (f"{STRUCTURED} --sat-temperature 1", "--sat-temperature has no effect with --baseline mst-structured, which"),
+        (f"{STRUCTURED} --sat-importance uniform", "--baseline mst-structured needs scores that differ, got --sat-imp"),
+        ("--sat-schedule mst", "--sat-schedule mst belongs to --baseline mst-structured, got it without; add it"),
+        (f"{LADDER} --sat-selection mixed-growing", "--sat-selection mixed-growing belongs to --baseline mst-struct"),
+        (f"{STRUCTURED} --mst-warmup 19", "--mst-warmup must be at least --mst-stages x --mst-interval (2 x 10)"),
+        (f"{STRUCTURED} --mst-replaced 1", "--mst-replaced must be in [0, 1), got 1.0"),
+    ],
+)
+def test_a_structured_mst_that_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], more: str, said: str) -> None:
+    assert refusal(capsys, more).startswith(f"error: {said}")
+
+
+def test_structured_mst_needs_a_choice_that_replicas_share(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, f"{STRUCTURED} --mst-interval 1 --sat-dp-selection local", ranks=2)
+    assert said.startswith("error: --baseline mst-structured needs --sat-dp-selection shared, got local: a checkpoint")
 
 
 @pytest.mark.parametrize("key", ["optimizer_cpu_offload", "use_precision_aware_optimizer"])

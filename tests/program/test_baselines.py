@@ -14,8 +14,13 @@ from tests.helpers.tolerances import RUN_LOSS, RUN_NORM
 
 OVERLAPPED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 SPDF = "--baseline spdf --spdf-until 5 --train-iters 8"
+STRUCTURED = (
+    "--baseline mst-structured --mst-rate 0.5 --mst-warmup 4 --mst-restoration 4 --mst-stages 2 --mst-interval 2 "
+    "--mst-replaced 0.9 --train-iters 12 --sat-selection-groups 2"
+)
+"""Dense, 0.4375, 0.5 for four steps, and back; a new topology every second step."""
 STOPS = (4, 6)
-"""With masks still to come, and after them."""
+"""With masks still to come, and after them; between two topologies."""
 
 
 class Saved:
@@ -35,10 +40,11 @@ class Saved:
 CASES = {
     "spdf": (1, SPDF),
     "spdf, random, distributed optimizer": (2, f"{SPDF} --spdf-mask random {OVERLAPPED}"),
+    "mst-structured": (1, STRUCTURED),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * ("random" in c)) for c in CASES])
 def test_a_resumed_baseline_equals_the_uninterrupted_one_bit_for_bit(case: str, text: Text, tmp_path: Path) -> None:
     ranks, flags = CASES[case]
     saved = Saved(text, tmp_path, flags, ranks=ranks)
@@ -46,9 +52,11 @@ def test_a_resumed_baseline_equals_the_uninterrupted_one_bit_for_bit(case: str, 
         assert saved.resume(stop, flags, ranks=ranks) == saved.whole
 
 
-def test_a_baseline_goes_on_in_another_layout(text: Text, tmp_path: Path) -> None:
-    saved = Saved(text, tmp_path, f"{SPDF} --tensor-model-parallel-size 2 --sequence-parallel", ranks=2)
-    resumed = saved.resume(4, SPDF)
+@pytest.mark.parametrize("flags", [pytest.param(SPDF, marks=pytest.mark.slow), STRUCTURED])
+def test_a_baseline_goes_on_in_another_layout(flags: str, text: Text, tmp_path: Path) -> None:
+    saved = Saved(text, tmp_path, f"{flags} --tensor-model-parallel-size 2 --sequence-parallel", ranks=2)
+    resumed = saved.resume(4, flags)
+    assert resumed.visits == saved.whole.visits
     assert_close(resumed.losses, saved.whole.losses, **RUN_LOSS)
     assert_close(resumed.norms, saved.whole.norms, **RUN_NORM)
 
@@ -129,3 +137,25 @@ def test_the_plan_says_what_a_baseline_does_and_costs(text: Text, tmp_path: Path
     counted = json.loads((tmp_path / "plan.json").read_text())["counted"]
     assert f"counted as published: {counted['share_of_dense']:.3f} of a dense run's operations" in ended.out
     assert 0.5 < counted["share_of_dense"] < 1
+
+
+def test_structured_mst_computes_less_in_its_sparse_phases_and_is_dense_at_both_ends(
+    text: Text, tmp_path: Path
+) -> None:
+    run = trained(text.command(f"{STRUCTURED} --save {tmp_path}"), tmp_path / "metrics.jsonl")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert [(rung["first"], rung["last"], rung["rate_exact"]) for rung in plan["rungs"]] == [
+        (1, 2, "0"), (3, 4, "7/16"), (5, 8, "1/2"), (9, 10, "7/16"), (11, 12, "0")
+    ]  # fmt: skip
+    assert [rung["share_of_dense"] == 1 for rung in plan["rungs"]] == [True, False, False, False, True]
+    omitted = [record["omission_rate"]["mlp"] for record in read_records(tmp_path / "metrics.jsonl")]
+    assert [rate > 0.4 for rate in omitted] == [False] * 2 + [True] * 8 + [False] * 2
+    visits = torch.tensor(run.visits["mlp.1"])
+    assert int(visits.sum()) == 4 * 96 + 4 * 48 + 4 * 54
+    assert (visits == 12).any() and (visits == 4).any() and len(visits.unique()) > 2, "a part was replaced on the way"
+
+
+def test_structured_mst_trains_alike_when_its_layers_are_replayed(text: Text, tmp_path: Path) -> None:
+    eager = trained(text.command(STRUCTURED), tmp_path / "eager.jsonl")
+    replayed = trained(text.command(f"{STRUCTURED} --layer-graphs"), tmp_path / "replayed.jsonl")
+    assert replayed == eager
