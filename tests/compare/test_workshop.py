@@ -1,0 +1,70 @@
+"""The machine's workshop, what commands find in their environment, and how a program ends."""
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_sat.compare.workshop import cores_here, end_well, environment_of, this_machine
+
+
+def test_a_workshop_is_made_with_this_machine_and_its_libraries(tmp_path: Path) -> None:
+    shop = this_machine(tmp_path, jobs=None)
+    assert "CPU cores" in shop.made_with or "GPU" in shop.made_with
+    assert "torch" in shop.made_with
+    assert (shop.cores, shop.jobs) == (cores_here(), min(4, cores_here()))
+    assert this_machine(tmp_path, jobs=7).jobs == 7
+
+
+def test_paths_are_said_from_the_projects_folder(tmp_path: Path) -> None:
+    shop = this_machine(tmp_path, jobs=1)
+    assert shop.named(tmp_path / "a" / "b") == "a/b"
+    assert shop.named(Path("/elsewhere")) == "/elsewhere"
+
+
+def test_commands_keep_the_environment_and_do_not_spin() -> None:
+    found = environment_of({"HOME": "/home", "OMP_WAIT_POLICY": "ACTIVE"})
+    assert found == {"HOME": "/home", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore"}
+
+
+@pytest.fixture(autouse=True)
+def signals() -> object:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("x must be y"), "tool: x must be y"),
+        (RuntimeError("a stage"), "tool: a stage"),
+        (KeyboardInterrupt(), "tool: interrupted; the same command goes on where it was"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(error: BaseException, said: str) -> None:
+    def fails(argv: Sequence[str]) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        end_well("tool", fails)
+    assert ended.value.code == said
+
+
+def test_a_termination_is_an_interruption() -> None:
+    def waits(argv: Sequence[str]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.sigtimedwait([], 10)
+
+    with pytest.raises(SystemExit) as ended:
+        end_well("tool", waits)
+    assert "interrupted" in str(ended.value.code)
+
+
+@pytest.mark.parametrize("code", [None, 0, 1])
+def test_the_exit_code_is_the_programs(code: int | None) -> None:
+    with pytest.raises(SystemExit) as ended:
+        end_well("tool", lambda argv: code)
+    assert ended.value.code == code
