@@ -156,7 +156,7 @@ def test_names_without_a_value_take_true_and_false_in_a_file(tmp_path, key, give
         ("num_experts: 2", "--num-experts is not supported"),
         ("lr: 1\nlr: 2", "--config must be YAML"),
         ("norm-epsilon: 1\nlayernorm_epsilon: 2", "layernorm_epsilon is given twice; leave one out"),
-        ("modle:\n  lr: 1", "modle is no headline; the headlines are checkpoint, data, finetuning, gradients"),
+        ("modle:\n  lr: 1", "modle is no headline; the headlines are baselines, checkpoint, data, finetuning, gradie"),
         ("lr: [1, 2]", "lr must be a number, got [1, 2]"),
         ("no_rope_fusion: 3", "no_rope_fusion must be true or false, got 3"),
         ("- lr", "--config must hold keys and values"),

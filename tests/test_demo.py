@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -22,6 +23,8 @@ from tests.trip.findings import findings, result
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "demo" / "run.py"
 MINUTES = 60
+HIGHEST_RATE = 2.0e-3
+"""lr of examples/demo/quick.yaml."""
 CONTINUED = ("dense", "sat", "control")
 STAGES = 16
 
@@ -115,8 +118,9 @@ class TestQuickDemo:
     def test_the_control_fills_sats_time_and_decays_fully(self, out: Path, runs: dict[str, Run]) -> None:
         control = runs["control"]
         assert control.steps == steps_that_fit(runs["dense"], seconds=runs["sat"].seconds)
-        last = [_last_rate(out / "train" / name) for name in CONTINUED]
-        assert max(last) < 2 * min(last)  # all three end within a step of --min-lr
+        for name in CONTINUED:  # all three end a step before --min-lr, a hundredth: the cosine's last bit is a parabola
+            last = _last_rate(out / "train" / name)
+            assert last < HIGHEST_RATE * (0.01 + (math.pi / runs[name].steps) ** 2 / 3)
 
     def test_all_three_go_on_with_the_english_model(self, runs: dict[str, Run]) -> None:
         """It gives English more chance than a fresh one would, ln 2560 = 7.8, and Chinese less."""
