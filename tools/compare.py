@@ -5,7 +5,8 @@
     tools/compare.py history [--figure zh_bpc] [--variant sat] [--out trend.png]
 
 FILE names model, data, budget, common settings, seeds and variants (docs/compare.md). What is done is kept, so the same
-command goes on where it was. `run` exits with 1 where a requirement does not hold, after the report is written.
+command goes on where it was. The exit code of `run` is 1 where a requirement does not hold, after the report is written,
+and 2 where something went wrong.
 """
 
 import argparse
@@ -40,8 +41,8 @@ from megatron_sat.compare.summary import cell, in_short, language_figures, setti
 from megatron_sat.compare.workshop import end_well, environment_of, this_machine
 
 HISTORY = "compare.sqlite"
-BROKEN = 1
-"""What the process exits with where a requirement does not hold."""
+BROKEN, WRONG = 1, 2
+"""What the process exits with where a requirement does not hold, and where there is nothing to judge."""
 PROGRESS = re.compile(r"step +\d+ \||.*: [\d,]+ documents, |imported")
 
 
@@ -160,4 +161,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    end_well("compare.py", main)
+    end_well("compare.py", main, wrong=WRONG)

@@ -102,7 +102,7 @@ def in_short(study: Study) -> list[str]:
         if variant in study.rate_zero:
             said.append(_at_rate_zero(study, variant))
         elif RATE_ZERO not in study.left_out and not sparse(study.experiment.variants[variant]):
-            said.append(f"{variant} omits nothing, so it has no control at rate 0.")
+            said.append(f"{variant} has no schedule of omission, so it has no control at rate 0.")
     return said
 
 

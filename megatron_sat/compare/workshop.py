@@ -117,12 +117,17 @@ def environment_of(own: Mapping[str, str]) -> dict[str, str]:
     return {**own, "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def end_well(name: str, main: Callable[[Sequence[str]], int | None]) -> None:
-    """Run ``main`` and exit with its code; what a user can mend is one line, and stopping stops the commands too."""
+def end_well(name: str, main: Callable[[Sequence[str]], int | None], *, wrong: int = 1) -> None:
+    """Run ``main`` and exit with its code; what a user can mend is one line, and stopping stops the commands too.
+
+    wrong: the exit code of what went wrong or was interrupted.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main(sys.argv[1:]))
     except (ValueError, RuntimeError) as error:
-        sys.exit(f"{name}: {error}")
+        said = str(error)
     except KeyboardInterrupt:
-        sys.exit(f"{name}: interrupted; the same command goes on where it was")
+        said = "interrupted; the same command goes on where it was"
+    sys.stderr.write(f"{name}: {said}\n")
+    sys.exit(wrong)

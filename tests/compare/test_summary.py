@@ -86,10 +86,10 @@ def test_rate_zero_may_differ_where_more_than_the_method_is_set(tmp_path: Path) 
     assert in_short(made)[-1] == said
 
 
-def test_a_variant_that_omits_nothing_is_said_to(tmp_path: Path) -> None:
+def test_a_variant_without_a_schedule_is_said_to_have_no_control_at_rate_zero(tmp_path: Path) -> None:
     asked = experiment(tmp_path, variants={"sat": {"lr": 1}})
     made = study(tmp_path, experiment=asked, rate_zero={}, differences={})
-    assert in_short(made)[-1] == "sat omits nothing, so it has no control at rate 0."
+    assert in_short(made)[-1] == "sat has no schedule of omission, so it has no control at rate 0."
 
 
 def test_runs_that_reach_denses_loss_say_when(tmp_path: Path) -> None:

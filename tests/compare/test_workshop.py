@@ -44,23 +44,27 @@ def signals() -> object:
         (KeyboardInterrupt(), "tool: interrupted; the same command goes on where it was"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(error: BaseException, said: str) -> None:
+def test_what_a_user_can_mend_is_one_line(
+    error: BaseException, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fails(argv: Sequence[str]) -> None:
         raise error
 
     with pytest.raises(SystemExit) as ended:
-        end_well("tool", fails)
-    assert ended.value.code == said
+        end_well("tool", fails, wrong=2)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == said + "\n"
 
 
-def test_a_termination_is_an_interruption() -> None:
+def test_a_termination_is_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
     def waits(argv: Sequence[str]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         signal.sigtimedwait([], 10)
 
     with pytest.raises(SystemExit) as ended:
         end_well("tool", waits)
-    assert "interrupted" in str(ended.value.code)
+    assert ended.value.code == 1
+    assert "interrupted" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("code", [None, 0, 1])
