@@ -19,8 +19,10 @@ from megatron_sat.baselines.course import Course, NoCourse, after_reduction
 from megatron_sat.baselines.masked_spdf import MaskedSpdf
 from megatron_sat.baselines.masks import Masks
 from megatron_sat.baselines.matrices import find_matrices
+from megatron_sat.baselines.mst import MaskedMst, attentions_of
+from megatron_sat.baselines.settings import SpdfConfig
 from megatron_sat.config import Config
-from megatron_sat.counting import Counted, count_spdf
+from megatron_sat.counting import Counted, count_mst, count_spdf
 from megatron_sat.data.blend import Datasets, build_datasets
 from megatron_sat.data.sft import build_windows
 from megatron_sat.data.tokenizer import Tokenizer, build_tokenizer
@@ -183,9 +185,20 @@ def _course(config: Config, *, engine: Engine, layout: Layout) -> Course:
         return NoCourse()
     assert isinstance(engine, MegatronEngine), "the flags refuse it on another engine"
     masks = Masks(find_matrices(engine.chunks, group=layout.tp_group))
-    spdf = MaskedSpdf(masks, config=config.baseline, clear=engine.clear)
-    after_reduction(engine.chunks, do=spdf.silence)
-    return spdf
+    if isinstance(config.baseline, SpdfConfig):
+        spdf = MaskedSpdf(masks, config=config.baseline, clear=engine.clear)
+        after_reduction(engine.chunks, do=spdf.silence)
+        return spdf
+    mst = MaskedMst(
+        masks,
+        config=config.baseline,
+        attentions=attentions_of(engine.chunks),
+        clear=engine.clear,
+        gather_gradients=engine.gather_gradients,
+    )
+    after_reduction(engine.chunks, do=mst.after_reduction)
+    engine.pass_over(lambda: mst.is_change)
+    return mst
 
 
 def _grain(config: Config) -> int | None:
@@ -277,4 +290,6 @@ def _counted(config: Config, *, shape: ModelShape) -> Counted | None:
     if config.baseline is None:
         return None
     tokens = training.global_batch_size * config.model.seq_length
-    return count_spdf(config.baseline, shape=shape, tokens_per_step=tokens, steps=training.train_iters)
+    if isinstance(config.baseline, SpdfConfig):
+        return count_spdf(config.baseline, shape=shape, tokens_per_step=tokens, steps=training.train_iters)
+    return count_mst(config.baseline, shape=shape, tokens_per_step=tokens)

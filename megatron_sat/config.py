@@ -17,11 +17,11 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.init import xavier_uniform_
 
-from megatron_sat.baselines.settings import SpdfConfig
+from megatron_sat.baselines.settings import MstConfig, SpdfConfig
 from megatron_sat.data.blend import DataConfig
 from megatron_sat.data.sft import SFTConfig
 from megatron_sat.engines.optim import LearningRateConfig
-from megatron_sat.flags.baselines import check_baseline, growing, phases, spdf_config
+from megatron_sat.flags.baselines import baseline_config, check_baseline, growing, phases
 from megatron_sat.flags.checks import check, prerequisites
 from megatron_sat.flags.deepspeed import deepspeed_settings
 from megatron_sat.flags.defaults import Machine, data_parallel_size, resolve
@@ -118,7 +118,7 @@ class Config:
     """optimizer: momentum and decay go on moving them; frozen: nothing does (eq. 2)."""
     sparse_reduce: bool
     """Replicas send each other the gradients of kept rows and columns alone."""
-    baseline: SpdfConfig | None
+    baseline: SpdfConfig | MstConfig | None
     """A method that leaves out single weights by masks; None: no such one."""
     settings: dict[str, Any]
     """What all of this came from, by key, in plain form: what is printed and saved with the run."""
@@ -162,7 +162,7 @@ def compose(given: Settings, *, machine: Machine, world_size: int) -> Config:
         layer_graphs=settings["layer_graphs"],
         omitted_neurons=settings["sat_omitted_neurons"],
         sparse_reduce=settings["sat_sparse_reduce"],
-        baseline=spdf_config(settings),
+        baseline=baseline_config(settings, steps=training.train_iters),
         settings={key: value for key, value in settings.items() if value is not None and key not in idle},
         remarks=tuple(remarks(settings, given=given)),
     )

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from megatron_sat.baselines.settings import SpdfConfig
-from megatron_sat.model.flops import ModelShape, masked_step_flops
+from megatron_sat.baselines.settings import MstConfig, SpdfConfig
+from megatron_sat.model.flops import ModelShape, hybrid_share, masked_step_flops
+from megatron_sat.sparsity.schedule import build_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,4 +83,32 @@ def count_spdf(config: SpdfConfig, *, shape: ModelShape, tokens_per_step: int, s
             if first <= last
         ),
         dense_step_flops=masked_step_flops(shape, density=Fraction(1), tokens=tokens_per_step),
+    )
+
+
+def count_mst(config: MstConfig, *, shape: ModelShape, tokens_per_step: int) -> Counted:
+    """MST: (3 f_S Δ + 2 f_S + f_D) / (Δ + 1) a step, f_S and f_D a sparse and a dense forward.
+
+    A change of masks takes the gradients of all weights, a third of a step, in one of Δ + 1 steps, as published.
+    """
+    schedule, interval, stride = config.schedule, config.schedule.interval, config.attention_stride
+    assert interval is not None
+    ultra = hybrid_share(shape.seq_length, stride=stride) if stride else Fraction(1)
+    dense = masked_step_flops(shape, density=Fraction(1), tokens=tokens_per_step)
+
+    def stretch(first: int, last: int, rate: Fraction) -> Stretch:
+        attended = ultra if rate == schedule.omission_rate else Fraction(1)
+        sparse = masked_step_flops(shape, density=1 - rate, tokens=tokens_per_step, attended=attended)
+        mean = (sparse * interval + Fraction(2, 3) * sparse + Fraction(1, 3) * dense) / (interval + 1)
+        return Stretch(first=first, last=last, density=1 - rate, flops=mean)
+
+    rungs = build_schedule(schedule).rungs()
+    attention = f", attention is to the last {stride} tokens and every {stride}-th" if stride else ""
+    return Counted(
+        what=(
+            f"MST: up to {float(schedule.omission_rate or 0):g} of the matrices' weights are zero, others every "
+            f"{interval} steps, whose last changes them and updates nothing{attention}; dense at the end"
+        ),
+        stretches=tuple(stretch(rung.first, rung.last, rung.rate) for rung in rungs),
+        dense_step_flops=dense,
     )

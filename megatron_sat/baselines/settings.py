@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from fractions import Fraction
 
+from megatron_sat.sparsity.growing import Growing
+from megatron_sat.sparsity.schedule import ScheduleConfig
+
 SPDF_MASKS = ("magnitude", "random")
 
 
@@ -26,3 +29,27 @@ class SpdfConfig:
             raise ValueError(f"--spdf-until must be at least 1, got {self.until}; --baseline none trains densely")
         if self.mask not in SPDF_MASKS:
             raise ValueError(f"--spdf-mask must be one of {', '.join(SPDF_MASKS)}, got {self.mask!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MstConfig:
+    """MST by masks. Field names are the flags ``--mst-*``."""
+
+    schedule: ScheduleConfig
+    """Of kind mst; its rate is the share of the matrices' weights left out, its interval at least 2."""
+    growing: Growing
+    """How much changes at a time."""
+    attention_stride: int
+    """w of the local and strided attention in the ultra-sparse phase, at least 1; 0: attention is dense throughout."""
+    seed: int
+    """Of what grows at random."""
+
+    def __post_init__(self) -> None:
+        assert self.schedule.kind == "mst" and self.schedule.interval is not None
+        if self.schedule.interval < 2:
+            raise ValueError(
+                f"--mst-interval must be at least 2 with --baseline mst, got {self.schedule.interval}: a change takes "
+                "the place of an update; its authors use 100"
+            )
+        if self.attention_stride < 0:
+            raise ValueError(f"--mst-attention-stride must be at least 0, got {self.attention_stride}; 0 is dense")

@@ -15,10 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -44,7 +41,7 @@ from megatron_sat.engines.frozen import hold_entries
 from megatron_sat.engines.optim import LearningRateConfig, build_optimizer, build_scheduler, coming_rate
 from megatron_sat.engines.sparse_reduce import SparseReduction
 from megatron_sat.engines.state import CONTENT_METADATA, complaint, describe_state, take_back
-from megatron_sat.engines.veto import Verdict, Veto
+from megatron_sat.engines.veto import Verdict, Veto, pass_over
 
 
 class MegatronEngine:
@@ -239,6 +236,10 @@ class MegatronEngine:
     def clear(self, entries: Iterable[Cleared]) -> None:
         """Zero these entries in every copy that an update reads; see `cleared.clear_entries`."""
         clear_entries(self._optimizer, entries=entries)
+
+    def pass_over(self, when: Callable[[], bool]) -> None:
+        """Leave updates out where `when` says so; see `veto.pass_over`."""
+        pass_over(self._optimizer, when=when)
 
     def gather_gradients(self) -> None:
         """After the reduction: every replica gets the whole gradient; see `cleared.gather_gradients`."""

@@ -30,6 +30,19 @@ class Judged(Protocol):
         """Of the last training step, the mean loss of each micro-batch of this rank; empty but on the last stage."""
 
 
+def pass_over(optimizer: MegatronOptimizer, *, when: Callable[[], bool]) -> None:
+    """Before each coming update ask `when`; where it says so, nothing is updated, and the step counts as one that was.
+
+    All ranks must say the same. Whoever wraps the update later (`Veto`) is asked first.
+    """
+    update = optimizer.step_with_ready_grads
+
+    def asked() -> bool:
+        return True if when() else bool(update())
+
+    optimizer.step_with_ready_grads = asked  # type: ignore[method-assign]
+
+
 def permitted(mine: bool, *, replicas: dist.ProcessGroup) -> bool:
     """Whether every replica permits the update; collective."""
     refused = torch.tensor([0.0 if mine else 1.0], device=torch.cuda.current_device())

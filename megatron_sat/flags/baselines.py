@@ -3,14 +3,15 @@
 from fractions import Fraction
 from typing import Any
 
-from megatron_sat.baselines.settings import SPDF_MASKS, SpdfConfig
+from megatron_sat.baselines.settings import SPDF_MASKS, MstConfig, SpdfConfig
 from megatron_sat.flags.flag import Flag, Settings, dashed, option
 from megatron_sat.sparsity.growing import Growing
+from megatron_sat.sparsity.schedule import ScheduleConfig
 
-BY_MASKS = ("spdf",)
+BY_MASKS = ("spdf", "mst")
 """Baselines that leave out single weights, by masks."""
 KINDS = ("none", *BY_MASKS, "mst-structured")
-MST = ("mst-structured",)
+MST = ("mst", "mst-structured")
 """Those with MST's three phases."""
 
 BASELINES: tuple[Flag, ...] = (
@@ -30,6 +31,12 @@ BASELINES: tuple[Flag, ...] = (
     option("mst_interval", "int", default=100, help="Δ, steps between two changes of what takes part"),
     option("mst_replaced", "float", default=0.3, help="ζ, share of what takes part that the first change replaces"),
     option("mst_random_share", "float", default=0.25, help="share of what grows that is random"),
+    option(
+        "mst_attention_stride",
+        "int",
+        default=128,
+        help="w of the attention to the last w tokens and to every w-th before, in the ultra-sparse phase; 0: dense",
+    ),
 )
 _NEEDS: tuple[tuple[str, Any, str], ...] = (
     ("sat_schedule", "none", "the model is sparse in one way at a time"),
@@ -49,10 +56,11 @@ def phases(settings: Settings) -> dict[str, int]:
 
 def growing(settings: Settings, *, steps: int) -> Growing | None:
     """How kept units are replaced; None where MST's way of choosing is not used."""
-    if settings["sat_selection"] != "mixed-growing":
-        return None
-    share = settings["mst_random_share"]
-    return Growing(replaced=settings["mst_replaced"], random_share=share, last_step=steps)
+    return _growing(settings, steps=steps) if settings["sat_selection"] == "mixed-growing" else None
+
+
+def _growing(s: Settings, *, steps: int) -> Growing:
+    return Growing(replaced=s["mst_replaced"], random_share=s["mst_random_share"], last_step=steps)
 
 
 def resolve_baseline(settings: dict[str, Any], *, given: Settings) -> None:
@@ -87,8 +95,17 @@ def _refuse_missing(s: Settings) -> None:
             raise ValueError(f"--baseline {s['baseline']} needs {dashed(key)}, which is not given; add it")
 
 
-def spdf_config(settings: Settings) -> SpdfConfig | None:
-    """The settings of SPDF; None for another run."""
+def baseline_config(settings: Settings, *, steps: int) -> SpdfConfig | MstConfig | None:
+    """The settings of a baseline by masks; None for another run."""
+    if settings["baseline"] == "mst":
+        _refuse_missing(settings)
+        rate = _rate(settings, "mst_rate")
+        return MstConfig(
+            schedule=ScheduleConfig(kind="mst", omission_rate=rate, train_iters=steps, **phases(settings)),
+            growing=_growing(settings, steps=steps),
+            attention_stride=settings["mst_attention_stride"],
+            seed=settings["seed"],
+        )
     if settings["baseline"] != "spdf":
         return None
     return SpdfConfig(
@@ -130,6 +147,18 @@ def check_baseline(settings: Settings) -> None:
             raise ValueError(f"--baseline {kind} needs {wanted}, got {got}: {reason}; leave one of them out")
     if kind == "spdf":
         _check_spdf(settings)
+    else:
+        _check_changes(settings)
+
+
+def _check_changes(s: Settings) -> None:
+    """What a change of masks, which is made before anybody judges the step, cannot stand beside."""
+    if s["fp16"]:
+        raise ValueError("--baseline mst needs --bf16 or fp32, got --fp16, whose overflows grow weights; use --bf16")
+    if s["on_bad_step"] == "skip":
+        raise ValueError(
+            "--baseline mst needs --on-bad-step stop or rollback, got skip: a change of masks would stay; use rollback"
+        )
 
 
 def _check_structured(s: Settings) -> None:

@@ -43,6 +43,7 @@ def against_layer_graphs(settings: Settings) -> list[str]:
     found = [key for key in sizes if settings[key] > 1]
     found += [key for key in ("hidden_dropout", "attention_dropout") if settings[key] > 0]
     found += [key for key in (*others, "sft") if settings[key]]
+    found += ["baseline"] if settings["baseline"] == "mst" else []  # its attention changes with the phase
     return found if settings["gradient_accumulation_fusion"] else [*found, "gradient_accumulation_fusion"]
 
 
@@ -131,7 +132,12 @@ METHOD: tuple[Rule, ...] = (
     Rule(
         keys="mst_*",
         idle=lambda s: s["baseline"] not in MST,
-        beside="without --baseline mst-structured",
+        beside="without --baseline mst or mst-structured",
+    ),
+    Rule(
+        keys="mst_attention_stride",
+        idle=lambda s: s["baseline"] == "mst-structured",
+        beside="with --baseline mst-structured, whose attention is dense",
     ),
     Rule(keys="preflight_timeout", idle=lambda s: s["preflight"] is False, beside="with --no-preflight"),
     Rule(keys="max_bad_steps", idle=lambda s: s["on_bad_step"] == "stop", beside="with --on-bad-step stop"),

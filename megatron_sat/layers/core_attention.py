@@ -58,6 +58,8 @@ class SDPACoreAttention(MegatronModule):
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.varlen = torch_attention_varlen(cuda=torch.cuda.is_available())
+        self.hybrid_stride: int | None = None
+        """w: a token attends to the w tokens up to itself and to every w-th one before it (MST); None: to all."""
 
     def forward(
         self,
@@ -85,7 +87,7 @@ class SDPACoreAttention(MegatronModule):
         with self._random_state():
             if self.cp_group is not None:
                 found = self._attend_in_chunks(query, key, value, bounds)
-            elif bounds is not None and self._takes_bounds(query):
+            elif bounds is not None and self.hybrid_stride is None and self._takes_bounds(query):
                 found = self._attend_end_to_end(query, key, value, bounds[0])
             else:
                 found = self._attend(query, key, value, _numbers(bounds, key))
@@ -102,8 +104,13 @@ class SDPACoreAttention(MegatronModule):
         square = query.size(0) == key.size(0) and numbers is None
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         mask: Any = None
+        if self.hybrid_stride is not None:
+            square = False
+            mask = hybrid_mask(q.size(2), k.size(2), stride=self.hybrid_stride, device=q.device)
         if numbers is not None:
-            mask = may_look(numbers, first=k.size(2) - q.size(2), last=k.size(2))
+            look = may_look(numbers, first=k.size(2) - q.size(2), last=k.size(2))
+            mask = look if mask is None else look & mask
+        if mask is not None:
             shared = q.size(1) // k.size(1)  # no kernel of torch takes both a mask and grouped queries
             k, v = (t.repeat_interleave(shared, dim=1) for t in (k, v))
         elif not square:
@@ -205,7 +212,7 @@ class FlashCoreAttention(SDPACoreAttention):
         return found
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, numbers: Tensor | None = None) -> Tensor:
-        if query.dtype not in FLASH_ATTENTION_DTYPES or numbers is not None:
+        if query.dtype not in FLASH_ATTENTION_DTYPES or numbers is not None or self.hybrid_stride is not None:
             return super()._attend(query, key, value, numbers)
         assert self.flash is not None
         out: Tensor = self.flash(
@@ -220,6 +227,12 @@ class FlashCoreAttention(SDPACoreAttention):
 def _numbers(bounds: Tensor | None, key: Tensor) -> Tensor | None:
     """[b, s] of which sequence each position of ``key`` [s, b, g', d] is; None where there is one."""
     return None if bounds is None else sequence_numbers(bounds, size=(key.size(1), key.size(0)))
+
+
+def hybrid_mask(queries: int, keys: int, *, stride: int, device: torch.device) -> Tensor:
+    """Bool [queries, keys], the queries the last of the keys' positions: MST's local ∪ strided attention."""
+    behind = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (behind >= 0) & ((behind < stride) | (behind % stride == 0))
 
 
 def core_attention(*, cuda: bool) -> type[SDPACoreAttention]:

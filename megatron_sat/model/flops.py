@@ -182,14 +182,22 @@ def step_flops(
     return tokens * (total + 3 * logits + again * recomputed // shape.num_layers)
 
 
-def masked_step_flops(shape: ModelShape, *, density: Fraction, tokens: int) -> Fraction:
+def hybrid_share(length: int, *, stride: int) -> Fraction:
+    """What local ∪ strided attention (`core_attention.hybrid_mask`) attends to, over what causal attention does."""
+    attended = sum(min(place + 1, stride) + place // stride for place in range(length))
+    return Fraction(attended, length * (length + 1) // 2)
+
+
+def masked_step_flops(
+    shape: ModelShape, *, density: Fraction, tokens: int, attended: Fraction = Fraction(1)
+) -> Fraction:
     """Operations of a step in which ``density`` of each layer's weights takes part, single ones, as methods of masks
-    count them: every product with a weight costs its share. Attention, logits and recomputation are those of a dense
-    step without it."""
+    count them: every product with a weight costs its share. attended: share of causal attention. Logits are those of a
+    dense step, and nothing is recomputed."""
     parts = layer_forward_flops(shape, whole(shape))
     weights = sum(flops for name, flops in parts.items() if name != "core_attn")
     logits = 2 * shape.hidden_size * shape.padded_vocab_size
-    return 3 * tokens * (shape.num_layers * (density * weights + parts["core_attn"]) + logits)
+    return 3 * tokens * (shape.num_layers * (density * weights + attended * parts["core_attn"]) + logits)
 
 
 def layer_forward_flops(shape: ModelShape, kept: KeptShape, *, causal: bool = True) -> dict[str, int]:

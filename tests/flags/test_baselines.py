@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sat.baselines.settings import SpdfConfig
+from megatron_sat.baselines.settings import MstConfig, SpdfConfig
 from megatron_sat.cli import as_yaml, parse
 from megatron_sat.flags.baselines import check_baseline
 from megatron_sat.flags.defaults import Machine
@@ -74,10 +74,26 @@ def test_a_resolved_configuration_of_structured_mst_is_the_same_run_again(tmp_pa
         assert parse(["--config", str(file)], world_size=1, cuda=False, machine=Machine(cuda=False)) == config
 
 
+def test_mst_by_masks_has_a_schedule_of_its_own_and_its_sources_settings() -> None:
+    config = run(f"--baseline mst {MST}")
+    assert config.schedule.kind == "none"
+    assert isinstance(config.baseline, MstConfig)
+    assert (config.baseline.schedule.kind, config.baseline.schedule.omission_rate) == ("mst", Fraction(3, 4))
+    assert config.baseline.growing == Growing(replaced=0.3, random_share=0.25, last_step=100)
+    assert (config.baseline.attention_stride, config.baseline.seed) == (128, 1234)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ("--mst-rate 0.5", "--mst-rate has no effect without --baseline mst-structured; leave it out"),
+        ("--mst-rate 0.5", "--mst-rate has no effect without --baseline mst or mst-structured; leave it out"),
+        (f"{STRUCTURED} --mst-attention-stride 4", "--mst-attention-stride has no effect with --baseline mst"),
+        (f"--baseline mst {MST} --sat-schedule constant --sat-omission-rate 0.5", "--baseline mst needs --sat-sched"),
+        ("--baseline mst", "--baseline mst needs --mst-rate, which is not given; add it"),
+        (f"--baseline mst {MST} --fp16", "--baseline mst needs --bf16 or fp32, got --fp16, whose overflows grow"),
+        (f"--baseline mst {MST} --on-bad-step skip", "--baseline mst needs --on-bad-step stop or rollback, got skip"),
+        (f"--baseline mst {MST} --mst-interval 1", "--mst-interval must be at least 2 with --baseline mst, got 1"),
+        (f"--baseline mst {MST} --layer-graphs", "--layer-graphs has no effect with model parallelism"),
         ("--baseline mst-structured", "--baseline mst-structured needs --mst-rate, which is not given; add it"),
         (STRUCTURED.replace("3/4", "1"), "--mst-rate must be in [0, 1), got 1; it is the share left out"),
         (f"{STRUCTURED} --sat-schedule ladder", "--sat-schedule follows from --baseline mst-structured, which makes"),

@@ -10,9 +10,10 @@ from torch.func import functional_call
 
 from tests.helpers.plain_gpt import make_batches
 
-RATE: dict[str, object] = {"lr": 2e-3, "min_lr": 2e-3, "lr_decay_style": "constant", "lr_warmup_iters": 0}
+LEARNING_RATE = 5e-4
+RATE: dict[str, object] = {"lr": LEARNING_RATE, "min_lr": LEARNING_RATE, "lr_decay_style": "constant"}
+RATE |= {"lr_warmup_iters": 0, "lr_warmup_init": 0.0}
 """For `plain_engine.make_engine`: what `Twin` uses."""
-RATE["lr_warmup_init"] = 0.0
 CLIP, DECAY, BETAS = 1.0, 0.1, (0.9, 0.95)
 QUERY_HEADS, HEAD = 2, 8
 """Of a query group of the plain GPT, and a head's size."""
@@ -40,7 +41,7 @@ class Twin:
         flat = [w for w in self.weights.values() if w.dim() == 1]
         wide = [w for w in self.weights.values() if w.dim() > 1]
         groups = [{"params": wide, "weight_decay": DECAY}, {"params": flat, "weight_decay": 0.0}]
-        self.adam = torch.optim.AdamW(groups, lr=2e-3, betas=BETAS, eps=1e-8)
+        self.adam = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=1e-8)
 
     @property
     def matrices(self) -> dict[str, tuple[str, Tensor]]:

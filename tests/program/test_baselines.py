@@ -19,6 +19,11 @@ STRUCTURED = (
     "--mst-replaced 0.9 --train-iters 12 --sat-selection-groups 2"
 )
 """Dense, 0.4375, 0.5 for four steps, and back; a new topology every second step."""
+MST = (
+    "--baseline mst --mst-rate 0.8 --mst-warmup 4 --mst-restoration 4 --mst-stages 2 --mst-interval 2 --train-iters 12 "
+    "--mst-attention-stride 8"
+)
+"""Of single weights: none, 0.7, 0.8 for four steps, and back; every second step changes the masks."""
 STOPS = (4, 6)
 """With masks still to come, and after them; between two topologies."""
 
@@ -41,10 +46,12 @@ CASES = {
     "spdf": (1, SPDF),
     "spdf, random, distributed optimizer": (2, f"{SPDF} --spdf-mask random {OVERLAPPED}"),
     "mst-structured": (1, STRUCTURED),
+    "mst": (1, MST),
+    "mst, bf16, distributed optimizer": (2, f"{MST} --bf16 {OVERLAPPED}"),
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * ("random" in c)) for c in CASES])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (CASES[c][0] > 1)) for c in CASES])
 def test_a_resumed_baseline_equals_the_uninterrupted_one_bit_for_bit(case: str, text: Text, tmp_path: Path) -> None:
     ranks, flags = CASES[case]
     saved = Saved(text, tmp_path, flags, ranks=ranks)
@@ -52,7 +59,8 @@ def test_a_resumed_baseline_equals_the_uninterrupted_one_bit_for_bit(case: str, 
         assert saved.resume(stop, flags, ranks=ranks) == saved.whole
 
 
-@pytest.mark.parametrize("flags", [pytest.param(SPDF, marks=pytest.mark.slow), STRUCTURED])
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [SPDF, STRUCTURED])
 def test_a_baseline_goes_on_in_another_layout(flags: str, text: Text, tmp_path: Path) -> None:
     saved = Saved(text, tmp_path, f"{flags} --tensor-model-parallel-size 2 --sequence-parallel", ranks=2)
     resumed = saved.resume(4, flags)
@@ -159,3 +167,41 @@ def test_structured_mst_trains_alike_when_its_layers_are_replayed(text: Text, tm
     eager = trained(text.command(STRUCTURED), tmp_path / "eager.jsonl")
     replayed = trained(text.command(f"{STRUCTURED} --layer-graphs"), tmp_path / "replayed.jsonl")
     assert replayed == eager
+
+
+def strides(_: int, argv: list[str]) -> list[tuple[list[int | None], float]]:
+    """Of each step the strides that its layers' attention had, and the share of zeros among the weights before it."""
+    session, found = open_session(argv), []
+    course: Any = session.run.course
+    attentions = [m for chunk in session.run.engine.chunks for m in chunk.modules() if hasattr(m, "hybrid_stride")]
+    step_of = session.run.engine.train_step
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        weights = [m.whole(m.parameter) for m in course.masks.matrices]
+        zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+        found.append(([attention.hybrid_stride for attention in attentions], zeros))
+        return step_of(*args, **kwargs)
+
+    session.run.engine.train_step = watched  # type: ignore[method-assign]
+    session.train()
+    return found
+
+
+def test_mst_has_sparse_weights_and_hybrid_attention_in_its_phases(text: Text) -> None:
+    (found,) = run_ranks(strides, 1, text.command(MST))
+    assert [seen for seen, _ in found] == [[None] * 4] * 4 + [[8] * 4] * 4 + [[None] * 4] * 4
+    zeros = [share for _, share in found]
+    assert zeros[:2] == [0, 0]
+    assert [zeros[3], zeros[5], zeros[9]] == pytest.approx([0.7, 0.8, 0.7], abs=5e-3)
+    assert zeros[11] < 0.05
+
+
+def test_the_plan_says_what_mst_does_and_counts(text: Text, tmp_path: Path) -> None:
+    ended = start(text.command(f"{MST} --save {tmp_path}"))
+    assert ended.codes == [0], ended.err
+    said = "MST: up to 0.8 of the matrices' weights are zero, others every 2 steps, whose last changes them and updates"
+    assert f"{said} nothing, attention is to the last 8 tokens and every 8-th; dense at the end" in ended.out
+    counted = json.loads((tmp_path / "plan.json").read_text())["counted"]
+    assert [(s["first"], s["last"], s["density"]) for s in counted["stretches"]] == [
+        (1, 2, 1.0), (3, 4, 0.3), (5, 8, 0.2), (9, 10, 0.3), (11, 12, 1.0)
+    ]  # fmt: skip
