@@ -5,8 +5,8 @@
     tools/compare.py history [--figure zh_bpc] [--variant sat] [--out trend.png]
 
 FILE names model, data, budget, common settings, seeds and variants (docs/compare.md). What is done is kept, so the same
-command goes on where it was. The exit code of `run` is 1 where a requirement does not hold, after the report is written,
-and 2 where something went wrong.
+command goes on where it was. The exit code of `run` is 1 where a requirement does not hold, after the report is
+written, and 2 where something went wrong.
 """
 
 import argparse

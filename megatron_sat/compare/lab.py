@@ -80,8 +80,7 @@ class Lab:
         return tuple(self._conversations(name, paths) for name, paths in wanted.items())
 
     def _conversations(self, name: str, paths: Sequence[Path]) -> Stage:
-        folder, tokenizer = self.out / "sft" / name, self.tokenizer
-        kind = "SentencePieceTokenizer" if tokenizer.is_file() else "HuggingFaceTokenizer"
+        folder, (kind, tokenizer) = self.out / "sft" / name, _kind_of(self.tokenizer)
         return self.shop.stage(
             f"prepare {name}",
             folder,
@@ -213,8 +212,8 @@ class Lab:
         fresh = self.experiment.model.fresh
         if fresh is None:
             return [self.checkpoint / MODEL_FILE]
-        kind = "SentencePieceTokenizer" if self.tokenizer.is_file() else "HuggingFaceTokenizer"
-        own = {"tokenizer_type": kind, "tokenizer_model": self._said(self.tokenizer)}
+        kind, tokenizer = _kind_of(self.tokenizer)
+        own = {"tokenizer_type": kind, "tokenizer_model": self._said(tokenizer)}
         return [self._settings("model", {**fresh, **own})]
 
     @property
@@ -250,6 +249,15 @@ def at_rate_zero(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A variant's settings with nothing omitted. The variant omits something."""
     assert sparse(settings)
     return {**settings, "sat_omission_rate": 0}
+
+
+def _kind_of(tokenizer: Path) -> tuple[str, Path]:
+    """--tokenizer-type and --tokenizer-model of a file or a folder, read as `data.tokenizer` reads them."""
+    if tokenizer.is_file():
+        return "SentencePieceTokenizer", tokenizer
+    if (tokenizer / "tokenizer.model").is_file() and not (tokenizer / "tokenizer.json").is_file():
+        return "SentencePieceTokenizer", tokenizer / "tokenizer.model"
+    return "HuggingFaceTokenizer", tokenizer
 
 
 def _weights_in(folder: Path) -> list[Path]:

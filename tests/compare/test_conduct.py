@@ -280,6 +280,21 @@ def test_text_for_a_checkpoint_needs_a_tokenizer(lab: Lab) -> None:
     assert "--config imported/model.yaml out/settings/start.yaml" in " ".join(named.start(1).command)
 
 
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["tokenizer.model"], "SentencePieceTokenizer --tokenizer-model folder/tokenizer.model"),
+        (["tokenizer.model", "tokenizer.json"], "HuggingFaceTokenizer --tokenizer-model folder"),
+    ],
+)
+def test_a_folders_tokenizer_is_read_as_its_files_ask(files: list[str], said: str, lab: Lab) -> None:
+    (lab.shop.root / "folder").mkdir()
+    for name in files:
+        (lab.shop.root / "folder" / name).write_text("")
+    given = _other(lab, program="finetune_sat.py", model={"fresh": MODEL, "tokenizer": "folder"})
+    assert f"--tokenizer-type {said} --workers" in " ".join(given.texts[0].command)
+
+
 def test_several_ranks_are_started_by_torchrun(lab: Lab) -> None:
     given = _other(lab, budget={"steps": 40, "ranks": 2})
     command = " ".join(given.start(1).command)
