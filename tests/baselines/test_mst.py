@@ -220,6 +220,31 @@ def test_another_seed_grows_others_and_is_told_apart(alone: Ran) -> None:
     assert max(apart) > 2 * GROWN_LOSS["rtol"]
 
 
+def carried(_: int) -> list[tuple[int, bool]]:
+    """Of each step: how many masks its checkpoint gets, and whether taking over nothing lets all weights take part."""
+    engine, layout = make_engine(rate=RATE)
+    masks = Masks(find_matrices(engine.chunks, group=layout.tp_group))
+    mst = MaskedMst(
+        masks, config=config_of(), attentions=[], clear=engine.clear, gather_gradients=engine.gather_gradients
+    )
+    found = []
+    for step in range(1, LAST + 1):
+        mst.begin_step(step)
+        for matrix in masks.matrices:
+            masks.set(matrix, torch.zeros(matrix.shape, dtype=torch.bool))
+        saved = len(mst.state())
+        mst.restore({})
+        found.append((saved, all(bool(masks.whole(matrix).all()) for matrix in masks.matrices)))
+    return found
+
+
+def test_checkpoints_carry_masks_from_the_first_change_to_the_last_and_none_means_dense() -> None:
+    """The last one, after step 10, makes everything take part: it is carried, and says so."""
+    found = run_ranks(carried, 1)[0]
+    assert [saved for saved, _ in found] == [0] + [28] * 9 + [0] * 2
+    assert all(lifted for _, lifted in found)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
