@@ -144,7 +144,7 @@ METHOD: tuple[Rule, ...] = (
     Rule(
         keys="layer_graphs",
         idle=lambda s: s["layer_graphs"] and bool(against_layer_graphs(s)),
-        beside="with model parallelism, recomputation, dropout, biases, --overlap-param-gather, --sft or --baseline mst",
+        beside="with model parallelism, recomputation, dropout, biases, --overlap-param-gather, --sft, --baseline mst",
     ),
 )
 """The method's settings, and this program's own."""
