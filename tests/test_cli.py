@@ -229,5 +229,5 @@ def test_help_lists_every_working_setting(capsys):
     assert stopped.value.code == 0
     out = capsys.readouterr().out
     assert [flag.key for flag in table().working if flag.all_names[0] not in out] == []
-    assert "--sat-schedule {none,constant,linear,cosine,ladder}" in out
+    assert "--sat-schedule {none,constant,linear,cosine,ladder," in out
     assert "--data-path [STR ...]" in out

@@ -174,7 +174,7 @@ def test_a_step_without_a_forward_visits_no_unit():
     [
         ("importance", "wandb", "--sat-importance must be one of uniform, .*, contribution, got 'wandb'"),
         ("swiglu_score", "down", r"--sat-swiglu-score must be one of gate, up, gate\+up, got 'down'"),
-        ("selection", "topk", "--sat-selection must be one of sampling, top-k, got 'topk'"),
+        ("selection", "topk", "--sat-selection must be one of sampling, top-k, mixed-growing, got 'topk'"),
         ("gqa", "heads", "--sat-gqa must be one of group, head, got 'heads'"),
         ("statistics", "old", "--sat-statistics must be one of fresh, lagged, got 'old'"),
         ("dp_selection", "global", "--sat-dp-selection must be one of shared, local, got 'global'"),
