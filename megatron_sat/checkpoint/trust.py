@@ -8,6 +8,7 @@ megatron.core registered. What does not pass is refused by name. Tensors themsel
 
 import io
 import pickle
+from enum import EnumType
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,17 @@ _INDEX_CLASSES = {
 }
 
 
+def _member(kind: Any, name: str) -> Any:
+    """What stands in for getattr, by which Python 3.11.0 to 3.11.3 write a member of an enumeration."""
+    if not isinstance(kind, EnumType) or name not in kind.__members__:
+        raise pickle.UnpicklingError("builtins.getattr")
+    return kind[name]
+
+
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if (module, name) in _INDEX_CLASSES:
             return super().find_class(module, name)
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_sat.checkpoint import resume, trust
 from megatron_sat.checkpoint.resume import open_checkpoint
+from megatron_sat.checkpoint.trust import read_index
 from tests.checkpoint.runs import save
 from tests.helpers.plain_engine import make_engine
 from tests.helpers.ranks import run_ranks
@@ -78,6 +80,30 @@ def test_torch_gives_its_dtypes_and_nothing_else(copy: tuple[Path, Path]) -> Non
     (folder / ".metadata").write_bytes(b"ctorch\nload\n.")
     with pytest.raises(ValueError, match=r"names torch.load: loading it could run code"):
         open_checkpoint(root)
+
+
+class Member:
+    """As Python 3.11.0 to 3.11.3 write a member of an enumeration; and as somebody else might use that way."""
+
+    def __init__(self, kind: Any, name: str) -> None:
+        self.reduced = getattr, (kind, name)
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+def test_a_member_of_an_allowed_enumeration_is_read_by_name(copy: tuple[Path, Path]) -> None:
+    kind = metadata._MEM_FORMAT_ENCODING
+    (copy[1] / ".metadata").write_bytes(pickle.dumps(Member(kind, "TORCH_CONTIGUOUS_FORMAT")))
+    with pytest.raises(ValueError, match="is damaged .it holds a _MEM_FORMAT_ENCODING"):  # and no index, but it was read
+        read_index(copy[1])
+
+
+@pytest.mark.parametrize(("kind", "name"), [(metadata._MEM_FORMAT_ENCODING, "mro"), (metadata.Metadata, "__init__")])
+def test_getattr_reads_nothing_but_members(kind: Any, name: str, copy: tuple[Path, Path]) -> None:
+    (copy[1] / ".metadata").write_bytes(pickle.dumps(Member(kind, name)))
+    with pytest.raises(ValueError, match="names builtins.getattr: loading it could run code"):
+        read_index(copy[1])
 
 
 def test_an_object_that_names_a_function_is_refused_before_it_runs(copy: tuple[Path, Path]) -> None:
