@@ -95,7 +95,7 @@ class Member:
 def test_a_member_of_an_allowed_enumeration_is_read_by_name(copy: tuple[Path, Path]) -> None:
     kind = metadata._MEM_FORMAT_ENCODING
     (copy[1] / ".metadata").write_bytes(pickle.dumps(Member(kind, "TORCH_CONTIGUOUS_FORMAT")))
-    with pytest.raises(ValueError, match="is damaged .it holds a _MEM_FORMAT_ENCODING"):  # and no index, but it was read
+    with pytest.raises(ValueError, match="is damaged .it holds a _MEM_FORMAT_ENCODING"):  # but it was read
         read_index(copy[1])
 
 
