@@ -59,9 +59,9 @@ from benchmarks.rates import (
 )
 from benchmarks.twin import plain_layer
 from megatron_sat import distributed
-from megatron_sat.build import Run
+from megatron_sat.build import Run, kept_of
 from megatron_sat.estimate.hardware import Hardware, save, slug
-from megatron_sat.model.flops import KeptShape, kept_shape, layer_forward_flops, whole
+from megatron_sat.model.flops import layer_forward_flops, whole
 from megatron_sat.rehearsal.memory import layer_matrices
 
 LADDER = tuple(Fraction(rate) for rate in ("1/10", "1/5", "1/4", "3/10", "2/5", "1/2", "3/4", "24/25"))
@@ -116,7 +116,7 @@ def measure_model(model: str, measured: Measured, *, args: argparse.Namespace) -
             dense = min((row for row in rows if row["weights"] == "dense"), key=lambda row: row["tokens"])
             seconds = dense["layer_seconds"] * args.seq_length / dense["tokens"]
             measured.outside.append(measure_outside(run, layer_seconds=seconds, dtype=dtype_here(), repeats=args.steps))
-            kept = [whole(run.shape), *(kept_at(run, rate) for rate in LADDER)]
+            kept = [whole(run.shape), *(kept_of(run.config, shape=run.shape, rate=rate) for rate in LADDER)]
             measured.products |= set(wanted_products(run.shape, kept, tokens=args.tokens))
             measured.attention |= set(wanted_attention(run.shape, kept, tokens=args.tokens))
 
@@ -181,18 +181,6 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def kept_at(run: Run, rate: Fraction) -> KeptShape:
-    """What a layer of the run keeps."""
-    selection = run.config.selection
-    return kept_shape(
-        run.shape,
-        rate,
-        selection_groups=selection.selection_groups,
-        channel_multiple=selection.channel_multiple,
-        gqa=selection.gqa,
-    )
-
-
 def measure(run: Run, *, model: str, tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """All cases of one model and micro-batch; ``speed`` is over the program's dense layer."""
     shape, sequences = run.shape, tokens // args.seq_length
@@ -209,7 +197,8 @@ def measure(run: Run, *, model: str, tokens: int, args: argparse.Namespace) -> l
             opened=steps_at(run, rate=rate, micro_batches=None if weights == "gather" else args.micro_batches),
             before=lambda: clear_gradients(run),
         )
-        rows.append({"rate": float(rate), "weights": weights, "kept": kept_at(run, rate), **asdict(found)})
+        kept = kept_of(run.config, shape=run.shape, rate=rate)
+        rows.append({"rate": float(rate), "weights": weights, "kept": kept, **asdict(found)})
     plain = plain_layer(shape, dtype=dtype, device=run.device)
     turned = batch.detach().transpose(0, 1).contiguous().requires_grad_()
     found = time_layer(plain, inputs=turned, steps=args.steps, micro_batches=args.micro_batches)

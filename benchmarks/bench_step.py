@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ cpu.install()
 
 import torch
 
+from benchmarks.layers import steps_at
 from benchmarks.pictures import draw_step
 from benchmarks.program import (
     CONSTANT,
@@ -38,6 +38,7 @@ from benchmarks.program import (
     Size,
     built,
     device,
+    first_batches,
     flags,
     model_shape,
     parsed,
@@ -46,11 +47,8 @@ from benchmarks.program import (
 )
 from benchmarks.twin import plain_training
 from megatron_sat import distributed
-from megatron_sat.build import Run, recompute_of
-from megatron_sat.data.batch import build_train_iterator
-from megatron_sat.model.flops import kept_shape, step_flops, whole
-from megatron_sat.sparsity.controller import Controller, sparse_modules
-from megatron_sat.sparsity.schedule import ScheduleConfig, build_schedule
+from megatron_sat.build import Run, kept_of, recompute_of
+from megatron_sat.model.flops import step_flops, whole
 
 WARM_UP = 2
 """Steps before those that are timed."""
@@ -119,33 +117,16 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def measure(run: Run, *, rate: Fraction, weights: str, steps: int) -> dict[str, Any]:
     """Median seconds of a step at ``rate``, and what it computes."""
-    training, selection = run.config.training, run.config.selection
-    schedule = build_schedule(ScheduleConfig(kind="constant", omission_rate=rate, train_iters=training.train_iters))
-    controller = Controller(sparse_modules(run.engine.chunks), schedule=schedule, interval=selection.selection_interval)
+    training = run.config.training
     count = training.num_micro_batches
-    assert run.datasets.train is not None
-    reader = build_train_iterator(
-        run.datasets.train,
-        micro_batch_size=training.micro_batch_size,
-        dp_rank=run.layout.dp_rank,
-        dp_size=run.layout.dp_size,
-        consumed_samples=0,
-        num_workers=0,
-        device=run.device,
-    )
-    batches = list(islice(reader, count))
+    opened = steps_at(run, rate=rate, micro_batches=count if weights == "compact" else None)
+    batches = first_batches(run, count)
 
     def take(step: int) -> None:
-        with controller.step(step, micro_batches=count if weights == "compact" else None):
+        with opened(step):
             run.engine.train_step(iter(batches), num_micro_batches=count)  # its loss has waited for the device
 
-    kept = kept_shape(
-        run.shape,
-        rate,
-        selection_groups=selection.selection_groups,
-        channel_multiple=selection.channel_multiple,
-        gqa=selection.gqa,
-    )
+    kept = kept_of(run.config, shape=run.shape, rate=rate)
     tokens = training.global_batch_size * run.config.model.seq_length
     executed = step_flops(run.shape, kept, tokens=tokens, recompute=recompute_of(run.config))
     return {

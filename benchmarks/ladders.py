@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.program import ROOT
-from megatron_sat.build import recompute_of
+from megatron_sat.build import kept_of, recompute_of
 from megatron_sat.config import Config
-from megatron_sat.model.flops import ModelShape, kept_shape, step_flops
+from megatron_sat.model.flops import ModelShape, step_flops
 from megatron_sat.sparsity.schedule import Rung, ScheduleConfig, build_schedule
 
 CHANGE = 2
@@ -134,14 +134,8 @@ def _seconds(records: Records) -> list[float]:
 
 def _operations(rate: Fraction, *, shape: ModelShape, config: Config) -> int:
     """Of a step at ``rate``."""
-    selection, training = config.selection, config.training
-    kept = kept_shape(
-        shape,
-        rate,
-        selection_groups=selection.selection_groups,
-        channel_multiple=selection.channel_multiple,
-        gqa=selection.gqa,
-    )
+    training = config.training
+    kept = kept_of(config, shape=shape, rate=rate)
     return step_flops(
         shape, kept, tokens=training.global_batch_size * shape.seq_length, recompute=recompute_of(config)
     )

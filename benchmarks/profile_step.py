@@ -19,7 +19,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,10 @@ cpu.install()
 import torch
 
 from benchmarks.layers import steps_at
-from benchmarks.program import CONSTANT, MODELS, Size, built, flags, random_text, write_json
+from benchmarks.program import CONSTANT, MODELS, Size, built, first_batches, flags, random_text, write_json
 from megatron_sat import distributed
-from megatron_sat.build import Run
-from megatron_sat.data.batch import build_train_iterator
-from megatron_sat.model.flops import kept_shape, step_flops, whole
+from megatron_sat.build import Run, kept_of
+from megatron_sat.model.flops import step_flops, whole
 
 KINDS: dict[str, tuple[str, ...]] = {
     "products": ("nvjet", "gemm", "cutlass", "splitk", "cublas"),
@@ -111,14 +109,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def layers_share(run: Run, rate: Fraction) -> float:
     """Of the layers' operations, what a sparse step keeps."""
-    selection, tokens = run.config.selection, run.config.model.seq_length
-    kept = kept_shape(
-        run.shape,
-        rate,
-        selection_groups=selection.selection_groups,
-        channel_multiple=selection.channel_multiple,
-        gqa=selection.gqa,
-    )
+    tokens = run.config.model.seq_length
+    kept = kept_of(run.config, shape=run.shape, rate=rate)
     dense, sparse = (step_flops(run.shape, part, tokens=tokens) for part in (whole(run.shape), kept))
     head = 6 * tokens * run.shape.hidden_size * run.shape.padded_vocab_size
     return (sparse - head) / (dense - head)
@@ -128,17 +120,7 @@ def profiled(run: Run, *, rate: Fraction, folder: Path, warm_up: int = 3) -> lis
     """The launches of one step, after some that compile and record."""
     training = run.config.training
     count = training.num_micro_batches
-    assert run.datasets.train is not None
-    reader = build_train_iterator(
-        run.datasets.train,
-        micro_batch_size=training.micro_batch_size,
-        dp_rank=0,
-        dp_size=1,
-        consumed_samples=0,
-        num_workers=0,
-        device=run.device,
-    )
-    batches = list(islice(reader, count))
+    batches = first_batches(run, count)
     opened = steps_at(run, rate=rate, micro_batches=count)
 
     def take(step: int) -> None:

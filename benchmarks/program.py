@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from megatron_sat import cli, distributed
 from megatron_sat.build import Run, build_run
 from megatron_sat.compare.provenance import provenance
 from megatron_sat.config import Config
+from megatron_sat.data.batch import Batch
 from megatron_sat.data.encode import TextOptions
 from megatron_sat.data.prepare import prepare
 from megatron_sat.data.tokenizer import build_tokenizer
 from megatron_sat.model.flops import ModelShape, shape_of
+from megatron_sat.training.reading import Reader
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {
@@ -103,6 +106,14 @@ def built(argv: list[str]) -> Iterator[Run]:
         yield build_run(config)
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def first_batches(run: Run, count: int) -> list[Batch]:
+    """This rank's first micro-batches of training."""
+    assert run.datasets.train is not None
+    size = run.config.training.micro_batch_size
+    reader = Reader(layout=run.layout, device=run.device, micro_batch_size=size)
+    return list(islice(reader.train(run.datasets.train, consumed_samples=0, num_workers=0), count))
 
 
 def parsed(argv: list[str], *, world_size: int = 1) -> Config:

@@ -8,16 +8,15 @@ import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.program import first_batches
 from benchmarks.timing import median_seconds
 from megatron_sat.build import Run
-from megatron_sat.data.batch import build_train_iterator
 from megatron_sat.estimate.hardware import Attended, Choosing, Kind, Product
 from megatron_sat.estimate.step import KINDS, linears, product_sizes
 from megatron_sat.layers.fused import add_weight_gradient
@@ -122,17 +121,7 @@ def measure_outside(run: Run, *, layer_seconds: float, dtype: torch.dtype, repea
 
 def _step_seconds(run: Run, count: int, *, repeats: int) -> float:
     """Median of a dense step of ``count`` micro-batches, by the host's clock: a step ends with its loss there."""
-    assert run.datasets.train is not None
-    reader = build_train_iterator(
-        run.datasets.train,
-        micro_batch_size=run.config.training.micro_batch_size,
-        dp_rank=0,
-        dp_size=1,
-        consumed_samples=0,
-        num_workers=0,
-        device=run.device,
-    )
-    batches, seconds = list(islice(reader, count)), []
+    batches, seconds = first_batches(run, count), []
     for _ in range(2 + repeats):
         clock = time.perf_counter()
         run.engine.train_step(iter(batches), num_micro_batches=count)

@@ -7,6 +7,7 @@ before the first step. `Run` holds the pieces, `training.run` lets them work.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -31,7 +32,6 @@ from megatron_sat.engines import deepspeed, foreach
 from megatron_sat.engines.base import Engine
 from megatron_sat.engines.megatron import MegatronEngine
 from megatron_sat.engines.optim import describe_adam, make_optimizer_config
-from megatron_sat.engines.stretch import whole_shape, whole_weight
 from megatron_sat.layers import compiled, fused, rope
 from megatron_sat.layers.attach import attach_selectors
 from megatron_sat.layers.available import in_use
@@ -39,8 +39,9 @@ from megatron_sat.layers.graphed import record_layers
 from megatron_sat.layers.packed import leave_padding_out
 from megatron_sat.layers.recording import GpuRecorder, RerunRecorder
 from megatron_sat.model.builder import build_chunks, embedding_of
-from megatron_sat.model.flops import ModelShape, Recompute, choice_flops, shape_of
+from megatron_sat.model.flops import KeptShape, ModelShape, Recompute, choice_flops, kept_shape, shape_of
 from megatron_sat.plan import Plan, build_plan
+from megatron_sat.shards import whole_shape, whole_weight
 from megatron_sat.sparsity.controller import Controller, sparse_modules
 from megatron_sat.sparsity.schedule import build_schedule
 from megatron_sat.training.only import NewRows, count_trained, freeze_all_but_vocabulary, train_only
@@ -255,6 +256,21 @@ def recompute_of(config: Config) -> Recompute:
     chunks = config.parallel.pipeline * (config.parallel.virtual_pipeline or 1)
     layers = None if per_chunk is None else min(per_chunk * chunks, transformer["num_layers"])
     return Recompute(parts=("full",), layers=layers)
+
+
+def kept_of(config: Config, *, shape: ModelShape, rate: Fraction) -> KeptShape:
+    """What the layers of a run keep at ``rate``."""
+    selection = config.selection
+    return kept_shape(
+        shape,
+        rate,
+        selection_groups=selection.selection_groups,
+        channel_multiple=selection.channel_multiple,
+        gqa=selection.gqa,
+        modules=selection.modules,
+        whole_layers=selection.whole_layers(shape.num_layers),
+        whole_forward=selection.omit == "backward",
+    )
 
 
 def plan_of(config: Config, *, shape: ModelShape, epochs: Mapping[str, float]) -> Plan:

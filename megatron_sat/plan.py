@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from megatron_sat import log
 from megatron_sat.counting import Counted
 from megatron_sat.model.flops import KeptShape, ModelShape, Recompute, kept_shape, step_flops, whole
-from megatron_sat.quotas import quota_warnings, quotas_of
+from megatron_sat.quotas import quota_warnings, quotas_of, text
 from megatron_sat.sparsity.schedule import Rung, Schedule
 
 MAX_ROWS = 12
@@ -234,7 +234,7 @@ def build_plan(
             warning
             for quota, other in zip(quotas, ("mlp", "attention"), strict=True)
             if modules != other
-            for warning in quota_warnings(quota, [(each.rung.rate, each.kept) for each in rungs])
+            for warning in quota_warnings(quota, [(each.rung.rate, each.kept) for each in rungs], many=MAX_ROWS)
         ),
     )
 
@@ -275,13 +275,9 @@ def _rung_as_dict(planned: PlannedRung, *, dense: int) -> dict[str, Any]:
     }
 
 
-def _text(value: Fraction | int) -> str:
-    return str(value) if isinstance(value, int) else f"{float(value):.3g}"
-
-
 def span(first: Fraction | int, last: Fraction | int) -> str:
     """Both ends of a row's values, or the one value that it has."""
-    return _text(first) if first == last else f"{_text(first)} to {_text(last)}"
+    return text(first) if first == last else f"{text(first)} to {text(last)}"
 
 
 def _thousands(count: float) -> int:

@@ -7,9 +7,6 @@ from itertools import groupby
 
 from megatron_sat.model.flops import KeptShape, ModelShape
 
-MANY = 12
-"""Rates. One that falls every step is bound to keep the same for some, and nothing is said of it."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Quota:
@@ -49,22 +46,25 @@ def quotas_of(shape: ModelShape, *, selection_groups: int, channel_multiple: int
     )
 
 
-def quota_warnings(quota: Quota, rungs: Sequence[tuple[Fraction, KeptShape]]) -> list[str]:
-    """Rates that ask for less than one of a quota and get one, and different rates that keep the same."""
+def quota_warnings(quota: Quota, rungs: Sequence[tuple[Fraction, KeptShape]], *, many: int) -> list[str]:
+    """Rates that ask for less than one of a quota and get one, and different rates that keep the same.
+
+    Of more rungs than ``many`` the second is not said: a rate that falls every step is bound to keep the same for some.
+    """
     found = []
     for rate, shape in rungs:
         kept = quota.kept(shape)
         if kept > quota.total * (1 - rate):
             found.append(
-                f"{quota.noun}: at rate {_text(rate)} nothing would stay of a quota ({quota.size}), so its "
+                f"{quota.noun}: at rate {text(rate)} nothing would stay of a quota ({quota.size}), so its "
                 f"least part does: {kept} of {quota.total} are kept; {quota.way_out}"
             )
             break  # the highest rate says it all
     runs = [(kept, [rate for rate, _ in run]) for kept, run in groupby(rungs, key=lambda rung: quota.kept(rung[1]))]
     same = [
-        f"rates {', '.join(map(_text, rates))} all keep {kept} of {quota.total}" for kept, rates in runs if rates[1:]
+        f"rates {', '.join(map(text, rates))} all keep {kept} of {quota.total}" for kept, rates in runs if rates[1:]
     ]
-    if same and len(rungs) <= MANY:
+    if same and len(rungs) <= many:
         found.append(f"{quota.noun}: {' and '.join(same)}, for a quota is of {quota.size}; {quota.way_out}")
     return found
 
@@ -73,5 +73,6 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _text(rate: Fraction) -> str:
-    return f"{float(rate):.3g}"
+def text(value: Fraction | int) -> str:
+    """As tables and warnings show a count or a rate."""
+    return str(value) if isinstance(value, int) else f"{float(value):.3g}"

@@ -29,10 +29,11 @@ cpu.install()
 
 from benchmarks.program import CONSTANT, ROOT, Size, flags
 from megatron_sat import cli, plan
+from megatron_sat.build import kept_of
 from megatron_sat.config import Config
 from megatron_sat.estimate.accuracy import Compared, compare_layers, compare_runs, compare_steps, kind_of
 from megatron_sat.estimate.asked import ask
-from megatron_sat.estimate.forecast import Links, forecast, kept_of, layer_of, spread_of, step_of
+from megatron_sat.estimate.forecast import Links, forecast, layer_of, spread_of, step_of
 from megatron_sat.estimate.hardware import Hardware, find, load
 from megatron_sat.model.flops import ModelShape
 from megatron_sat.rehearsal.cluster import Cluster

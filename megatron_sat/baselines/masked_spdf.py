@@ -3,7 +3,6 @@
 `spdf.Spdf` is the same for modules of plain torch, whose weights are whole on each rank.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping
 from fractions import Fraction
@@ -16,6 +15,7 @@ from megatron_sat.baselines.masks import Masks
 from megatron_sat.baselines.matrices import Matrix
 from megatron_sat.baselines.settings import SpdfConfig
 from megatron_sat.baselines.spdf import magnitude_mask
+from megatron_sat.sparsity.selection import generator_of
 
 
 class MaskedSpdf:
@@ -70,9 +70,3 @@ def random_mask(shape: tuple[int, int], *, rate: Fraction, seed: int, key: str) 
     mask = torch.ones(size, dtype=torch.bool)
     mask[order[: math.floor(size * rate)]] = False
     return mask.view(shape)
-
-
-def generator_of(key: str) -> torch.Generator:
-    """A CPU generator for a text: the same on every rank and machine. torch reads 32 bits of a seed."""
-    seed = hashlib.blake2b(key.encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(seed, "little"))

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from megatron_sat.baselines.course import Clear
-from megatron_sat.baselines.masked_spdf import generator_of
 from megatron_sat.baselines.masks import Masks
 from megatron_sat.baselines.settings import MstConfig
 from megatron_sat.sparsity.growing import Growing, change_of, replaced_share
 from megatron_sat.sparsity.schedule import build_schedule
+from megatron_sat.sparsity.selection import generator_of
 
 
 class MaskedMst:

@@ -40,11 +40,6 @@ Find = Callable[[torch.nn.Parameter], Stretch | None]
 """The stretch of a parameter; None where this rank's optimizer has nothing of it."""
 
 
-def whole_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """The shape of a parameter, also while ZeRO-3 has it in shards."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
 def stretches_of_megatron(wrapper: MegatronOptimizer) -> Find:
     """For one of megatron.core's three wrappers of a torch optimizer."""
 
@@ -108,19 +103,3 @@ def _in_zero3(optimizer: Any) -> Find:
         return Stretch(main=main, offset=int(offset), start=start, length=length, shape=meta.ds_shape)
 
     return find
-
-
-def whole_weight(parameter: Tensor) -> Tensor:
-    """The values of a weight in its shape, also where ZeRO-3 left this rank a shard: gathered then, into new memory.
-
-    Collective over the replicas. DeepSpeed's own record of what is gathered is not touched, so it may be called at any
-    time, also while DeepSpeed fetches the same weight ahead.
-    """
-    meta: Any = parameter
-    if not hasattr(parameter, "ds_tensor"):
-        return parameter
-    shard = meta.ds_tensor.detach().to(parameter.device)
-    group = meta.ds_process_group
-    gathered = shard.new_empty(shard.numel() * dist.get_world_size(group))
-    dist.all_gather_into_tensor(gathered, shard.contiguous(), group=group)
-    return gathered[: meta.ds_numel].view(meta.ds_shape)

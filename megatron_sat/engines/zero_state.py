@@ -18,7 +18,8 @@ from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_p
 from torch import Tensor
 
 from megatron_sat.engines.optim import Groups
-from megatron_sat.engines.stretch import Find, whole_shape
+from megatron_sat.engines.stretch import Find
+from megatron_sat.shards import whole_shape
 
 KIND = "DeepSpeed's"
 MOMENTS = ("exp_avg", "exp_avg_sq")

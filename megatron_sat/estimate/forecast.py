@@ -9,11 +9,11 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
-from megatron_sat.build import plan_of, recompute_of
+from megatron_sat.build import kept_of, plan_of, recompute_of
 from megatron_sat.config import Config
 from megatron_sat.estimate.hardware import FAR, Hardware
 from megatron_sat.estimate.step import Batch, Spread, StepTime, layer_seconds, predict_step
-from megatron_sat.model.flops import NO_RECOMPUTE, KeptShape, ModelShape, kept_shape
+from megatron_sat.model.flops import NO_RECOMPUTE, KeptShape, ModelShape
 from megatron_sat.plan import Plan, PlannedRung, span, stretches
 from megatron_sat.rehearsal.cluster import Cluster
 from megatron_sat.rehearsal.memory import GIB, Memory
@@ -199,20 +199,6 @@ def layer_of(config: Config, *, shape: ModelShape, rate: Fraction, hardware: Har
         spread=Spread(layers=(1,)),
         recompute=NO_RECOMPUTE,
         seen=[],
-    )
-
-
-def kept_of(config: Config, *, shape: ModelShape, rate: Fraction) -> KeptShape:
-    """What the run keeps at ``rate``."""
-    selection = config.selection
-    return kept_shape(
-        shape,
-        rate,
-        selection_groups=selection.selection_groups,
-        channel_multiple=selection.channel_multiple,
-        gqa=selection.gqa,
-        modules=selection.modules,
-        whole_layers=selection.whole_layers(shape.num_layers),
     )
 
 

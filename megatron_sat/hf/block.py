@@ -20,7 +20,7 @@ from torch.nn import Linear, Module
 
 from megatron_sat.hf.cut import Cut, CutLinear, Packs, make_cuttable, make_plain, pack
 from megatron_sat.hf.neurons import SplitHeads
-from megatron_sat.hf.zero import shape_of, whole_weight
+from megatron_sat.shards import whole_shape, whole_weight
 from megatron_sat.sparsity.controller import Entry
 from megatron_sat.sparsity.importance import METRICS, Needs
 from megatron_sat.sparsity.neurons import Kept, Neurons
@@ -213,8 +213,8 @@ class SparseBlock:
     def _weights(self, config: SelectionConfig) -> Weights:
         """Stand-ins of the right shape; the values, put together from several layers, only where they are scored."""
         columns, row = [layer.weight for layer in self._columns], self._row.weight
-        rows, width = sum(shape_of(weight)[0] for weight in columns), shape_of(row)
-        hidden = shape_of(columns[0])[1]
+        rows, width = sum(whole_shape(weight)[0] for weight in columns), whole_shape(row)
+        hidden = whole_shape(columns[0])[1]
         by_columns = METRICS[config.importance].needs == "activations"
 
         def whole(_: Tensor) -> Tensor:

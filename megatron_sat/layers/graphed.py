@@ -72,10 +72,10 @@ class Half:
             self._drop()  # before anything of the new form takes memory
         if not self._pair.ready_for_replay() and not self._chosen(hidden, bound, form=form):
             output = self._forward(hidden, **bound)
-            self._seen = self._key(form)
+            self._seen = self._key(form) if self._pair.ready_for_replay() else None
             return output
         key = self._key(form)
-        if key is None or key != self._seen:
+        if key != self._seen:
             self._drop()
             self._seen = key
             return self._forward(hidden, **bound)
@@ -87,11 +87,9 @@ class Half:
     def _drop(self) -> None:
         self._kept = self._choice = None
 
-    def _key(self, form: Form) -> tuple[Any, ...] | None:
-        """What must be alike for a recording to serve the next call; None where none may."""
+    def _key(self, form: Form) -> tuple[Any, ...]:
+        """What must be alike for a recording to serve the next call of a pair that is ready for replay."""
         pair = self._pair
-        if not pair.ready_for_replay():
-            return None
         packs = [linear.pack_for(pair.packing) for linear in pair.linear_pair()]
         where = [None if pack is None else (pack.buffer.data_ptr(), pack.buffer.shape) for pack in packs]
         return (*form, *where, 1.0 if pair.selector is None else pair.selector.output_scale)

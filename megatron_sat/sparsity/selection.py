@@ -31,14 +31,19 @@ def keep_count(total: int, rate: Fraction, *, multiple: int = 1) -> int:
     return max(math.floor(total * (1 - rate) / multiple), 1) * multiple
 
 
+def generator_of(key: str) -> torch.Generator:
+    """A CPU generator for a text: the same on every rank and machine."""
+    # torch's CPU generator reads 32 bits of a seed and drops the others
+    seed = hashlib.blake2b(key.encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(seed, "little"))
+
+
 def uniform_draw(total: int, *, seed: int, step: int, layer: int, kind: str) -> Tensor:
     """[total] fp64 in (0, 1) on the CPU, a function of the arguments alone: alike on all ranks and machines.
 
     Drawn for the whole layer; a rank takes its slice, so a neuron's number does not depend on TP.
     """
-    # torch's CPU generator reads 32 bits of a seed and drops the others
-    key = hashlib.blake2b(f"{seed}/{step}/{layer}/{kind}".encode(), digest_size=4).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+    generator = generator_of(f"{seed}/{step}/{layer}/{kind}")
     uniform = torch.rand(total, generator=generator, dtype=torch.float64)
     return uniform.clamp_(min=torch.finfo(torch.float64).tiny)  # log(0), once in 2^53
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from megatron_sat.baselines.course import after_reduction
-from megatron_sat.baselines.masked_spdf import generator_of
 from megatron_sat.baselines.masks import Masks
 from megatron_sat.baselines.matrices import find_matrices
 from megatron_sat.baselines.mst import MaskedMst, change_mask, densities
@@ -18,6 +17,7 @@ from megatron_sat.baselines.settings import MstConfig
 from megatron_sat.distributed import initialize_model_parallel
 from megatron_sat.sparsity.growing import Growing
 from megatron_sat.sparsity.schedule import ScheduleConfig
+from megatron_sat.sparsity.selection import generator_of
 from tests.helpers.masked_twin import RATE, Twin, split
 from tests.helpers.plain_engine import MICRO_BATCHES, make_engine, train, weights
 from tests.helpers.plain_gpt import make_chunks, make_config

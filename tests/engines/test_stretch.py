@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sat.engines.stretch import whole_shape, whole_weight
+from megatron_sat.shards import whole_shape, whole_weight
 from tests.helpers.plain_engine import train
 from tests.helpers.ranks import run_ranks
 from tests.helpers.zero_engine import load_library, make_zero_engine, needs_deepspeed, zero_weights

@@ -9,9 +9,9 @@ import torch
 
 from megatron_sat import cli
 from megatron_sat.build import Run, build_run
-from megatron_sat.data.batch import build_train_iterator
 from megatron_sat.distributed import Launch, join, leave
 from megatron_sat.engines import megatron
+from megatron_sat.training.reading import Reader
 from tests.helpers.program import LADDER, Text
 
 pytestmark = [
@@ -32,18 +32,11 @@ def steps_of(run: Run, count: int) -> None:
     """The first steps of training, each on its own micro-batches."""
     training = run.config.training
     assert run.datasets.train is not None
-    reader = build_train_iterator(
-        run.datasets.train,
-        micro_batch_size=training.micro_batch_size,
-        dp_rank=0,
-        dp_size=1,
-        consumed_samples=0,
-        num_workers=0,
-        device=run.device,
-    )
+    reader = Reader(layout=run.layout, device=run.device, micro_batch_size=training.micro_batch_size)
+    read = reader.train(run.datasets.train, consumed_samples=0, num_workers=0)
     assert run.controller is not None
     for step in range(1, count + 1):
-        batches = list(islice(reader, training.num_micro_batches))
+        batches = list(islice(read, training.num_micro_batches))
         with run.controller.step(step, micro_batches=training.num_micro_batches):
             run.engine.train_step(iter(batches), num_micro_batches=training.num_micro_batches)
 

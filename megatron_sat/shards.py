@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def shape_of(parameter: Tensor) -> torch.Size:
+def whole_shape(parameter: Tensor) -> torch.Size:
     """The shape of a parameter, also while ZeRO-3 has it in shards."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
