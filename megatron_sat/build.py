@@ -269,7 +269,7 @@ def kept_of(config: Config, *, shape: ModelShape, rate: Fraction) -> KeptShape:
         gqa=selection.gqa,
         modules=selection.modules,
         whole_layers=selection.whole_layers(shape.num_layers),
-        whole_forward=selection.omit == "backward",
+        omit=selection.omit,
     )
 
 
@@ -292,7 +292,7 @@ def plan_of(config: Config, *, shape: ModelShape, epochs: Mapping[str, float]) -
         gqa=selection.gqa,
         modules=selection.modules,
         whole_layers=selection.whole_layers(shape.num_layers),
-        whole_forward=selection.omit == "backward",
+        omit=selection.omit,
         tokens_per_step=training.global_batch_size * config.model.seq_length,
         recompute=recompute_of(config),
         choice_flops=choosing // selection.selection_interval,

@@ -183,7 +183,7 @@ def build_plan(
     gqa: str,
     modules: str = "all",
     whole_layers: int = 0,
-    whole_forward: bool = False,
+    omit: str = "both",
     tokens_per_step: int,
     recompute: Recompute,
     choice_flops: int,
@@ -208,7 +208,7 @@ def build_plan(
             gqa=gqa,
             modules=modules,
             whole_layers=whole_layers,
-            whole_forward=whole_forward,
+            omit=omit,
         )
         sparse = 1 - Fraction(kept.whole_layers, shape.num_layers)
         return PlannedRung(

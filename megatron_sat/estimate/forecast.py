@@ -214,7 +214,7 @@ def spread_of(config: Config, *, cluster: Cluster, links: Links) -> Spread:
         raise ValueError(f"--engine must be megatron for a prediction, got {config.engine}; predict with megatron")
     if config.selection.omit != "both":
         raise ValueError(
-            f"--sat-omit must be both for a prediction, got {config.selection.omit}: what its forwards cost was never "
+            f"--sat-omit must be both for a prediction, got {config.selection.omit}: what such a step costs was never "
             "measured; predict without it"
         )
     model = parallel.tensor * parallel.pipeline

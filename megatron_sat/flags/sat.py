@@ -59,7 +59,12 @@ METHOD: tuple[Flag, ...] = (
         help="replicas choose alike, or alone",
     ),
     option("sat_modules", choices=MODULES, default="all", help="what omits neurons"),
-    option("sat_omit", choices=PASSES, default="both", help="passes that omit: both, or the backward alone"),
+    option(
+        "sat_omit",
+        choices=PASSES,
+        default="both",
+        help="what leaves neurons out: both passes, backward alone, weight gradients alone",
+    ),
     option("sat_whole_ends", "int", default=0, help="layers at each end of the model that omit none"),
     option(
         "sat_rescale", choices=("none", "inverse-keep"), default="none", help="1/(share kept) on what is kept"

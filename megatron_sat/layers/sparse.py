@@ -71,7 +71,7 @@ class SparsePair(Module):
 
         They are cut out for each call, and keep nothing for a backward.
         """
-        if kept is None or self.selector is None or self.selector.config.omit == "both":
+        if kept is None or self.selector is None or self.selector.config.omit != "backward":
             return output
         column, row = self.linear_pair()
         neurons, rest = self.selector.neurons, kept.omitted()
@@ -161,13 +161,17 @@ class SparsePair(Module):
     def _set(self, kept: Kept | None) -> None:
         column, row = self.linear_pair()
         column.packing = row.packing = None if self.selector is None else self.selector.packing
+        column.rows = row.columns = column.learned = row.learned = None
         if kept is None or self.selector is None:
-            column.rows = row.columns = None
             return
         if self._placed is None or self._placed[0] is not kept:  # once a choice, not for every micro-batch
             neurons = self.selector.neurons
             self._placed = kept, neurons.kept_rows(kept.index), neurons.columns(kept.index)
-        _, column.rows, row.columns = self._placed
+        _, rows, columns = self._placed
+        if self.selector.config.omit == "weight-gradient":
+            column.learned, row.learned = rows, columns
+        else:
+            column.rows, row.columns = rows, columns
 
     def _dense_activations(self, forward: Callable[[], Output]) -> Tensor:
         """[s, b, k]: the second layer's input when every neuron takes part."""

@@ -65,8 +65,8 @@ class KeptShape:
     """MLP channels."""
     whole_layers: int = 0
     """Layers beside these that compute everything."""
-    whole_forward: bool = False
-    """Only backwards are of what is kept."""
+    omit: str = "both"
+    """What is of these neurons alone, of `sparsity.settings.PASSES`: both passes, backwards, weight gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,13 +122,13 @@ def kept_shape(
     gqa: str,
     modules: str = "all",
     whole_layers: int = 0,
-    whole_forward: bool = False,
+    omit: str = "both",
 ) -> KeptShape:
     """What stays of each layer at omission ``rate``, by the selectors' quotas (`selection.keep_count`).
 
     gqa: "group", whole query groups leave; "head", heads leave within every group, all keys and values stay.
-    modules: attention or mlp where these alone omit anything. whole_layers: that omit nothing. whole_forward: only
-    backwards omit. Raises ValueError where selection groups do not divide the channels, or the query groups that leave
+    modules: attention or mlp where these alone omit anything. whole_layers: that omit nothing. omit: of `KeptShape`.
+    Raises ValueError where selection groups do not divide the channels, or the query groups that leave
     whole.
     """
     heads, groups, channels = shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size
@@ -144,7 +144,7 @@ def kept_shape(
         groups=groups,
         channels=channels,
         whole_layers=whole_layers if rate else 0,
-        whole_forward=whole_forward and rate > 0,
+        omit=omit if rate else "both",
     )
 
 
@@ -173,9 +173,11 @@ def step_flops(
     logits = 2 * shape.hidden_size * shape.padded_vocab_size
     total = again = 0
     for layers, each in ((shape.num_layers - kept.whole_layers, kept), (kept.whole_layers, whole(shape))):
-        backward = layer_forward_flops(shape, each, causal=causal)
-        parts = layer_forward_flops(shape, whole(shape), causal=causal) if each.whole_forward else backward
-        total += layers * (sum(parts.values()) + 2 * sum(backward.values()))
+        kept_parts, dense = (layer_forward_flops(shape, each_kept, causal=causal) for each_kept in (each, whole(shape)))
+        parts = kept_parts if each.omit == "both" else dense
+        to_inputs = dense if each.omit == "weight-gradient" else kept_parts
+        to_weights = kept_parts | {"core_attn": to_inputs["core_attn"]}  # it has none: both products are of inputs
+        total += layers * sum(sum(products.values()) for products in (parts, to_inputs, to_weights))
         named = parts if "full" in recompute.parts else recompute.parts
         again += layers * sum(parts.get(part, 0) for part in named)
     recomputed = shape.num_layers if recompute.layers is None else recompute.layers

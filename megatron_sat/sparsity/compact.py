@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_sat.sparsity.gather import shape_alone
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Packing:
@@ -36,14 +38,19 @@ class Pack:
         uses: int,
         buffer: Tensor | None = None,
         packed: bool = False,
+        values: bool = True,
     ) -> None:
         """index: [k] int64, distinct. uses: how many forwards of the step get a backward (its micro-batches).
 
         buffer: the last step's, taken over if it fits, so that a rung's packed weights stay where they are.
-        packed: what is kept lies in ``buffer`` already.
+        packed: what is kept lies in ``buffer`` already. values: whether the weight's are wanted; without, gradients are
+        added up alone, and nothing is copied.
         """
         assert hasattr(weight, "main_grad"), "a pack adds up in the weight's main_grad"
         self._weight, self._index, self._dim, self._left = weight, index, dim, uses
+        if not values:
+            self.buffer = shape_alone(weight.detach(), index, dim=dim)
+            return
         shape = (index.numel(), weight.size(1)) if dim == 0 else (weight.size(0), index.numel())
         self.buffer = weight.detach().new_empty(shape) if buffer is None or buffer.shape != shape else buffer
         if not packed:

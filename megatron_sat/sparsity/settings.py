@@ -8,7 +8,7 @@ from megatron_sat.sparsity.importance import METRICS
 
 MODULES = ("all", "attention", "mlp")
 SELECTIONS = ("sampling", "top-k", "mixed-growing")
-PASSES = ("both", "backward")
+PASSES = ("both", "backward", "weight-gradient")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -52,8 +52,9 @@ class SelectionConfig:
     modules: str = "all"
     """What omits neurons: all, or attention or mlp alone. Ours; the paper's is all."""
     omit: str = "both"
-    """both: omitted neurons are not computed (the paper); backward: they take part in the forward, and get no gradient.
-    Ours: the loss is the dense model's, its gradient that of the kept neurons."""
+    """What leaves omitted neurons out. both: all passes (the paper); backward: they take part in the forward alone, the
+    loss is the dense model's, its gradient that of the kept neurons; weight-gradient: only their weights' gradients
+    are not computed, those of kept neurons are the dense model's. The last two are ours."""
     whole_ends: int = 0
     """Layers at each end of the model, the first and the last so many, that omit none. Ours; the paper has none."""
     seed: int = 1234
@@ -70,10 +71,10 @@ class SelectionConfig:
         _one_of("--sat-rescale", self.rescale, ("none", "inverse-keep"))
         _one_of("--sat-modules", self.modules, MODULES)
         _one_of("--sat-omit", self.omit, PASSES)
-        if self.omit == "backward" and self.rescale != "none":
+        if self.omit != "both" and self.rescale != "none":
             raise ValueError(
-                f"--sat-rescale must be none with --sat-omit backward, got {self.rescale}: nothing is missing from an "
-                "output; leave it out"
+                f"--sat-rescale must be none with --sat-omit {self.omit}, got {self.rescale}: nothing is missing from "
+                "an output; leave it out"
             )
         if self.whole_ends < 0:
             raise ValueError(f"--sat-whole-ends must be at least 0, got {self.whole_ends}")

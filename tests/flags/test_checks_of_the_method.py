@@ -26,7 +26,11 @@ from tests.helpers.command_line import LADDER, refusal, run
         ),
         ("--sat-selection-interval 0", "--sat-selection-interval must be at least 1, got 0"),
         ("--sat-modules heads", "--sat-modules must be one of all, attention, mlp, got 'heads'"),
-        ("--sat-omit forward", "--sat-omit must be one of both, backward, got 'forward'"),
+        ("--sat-omit forward", "--sat-omit must be one of both, backward, weight-gradient, got 'forward'"),
+        (
+            "--sat-omit weight-gradient --sat-rescale inverse-keep",
+            "--sat-rescale must be none with --sat-omit weight-gradient, got inverse-keep: nothing is missing",
+        ),
         (
             "--sat-omit backward --sat-rescale inverse-keep",
             "--sat-rescale must be none with --sat-omit backward, got inverse-keep: nothing is missing",

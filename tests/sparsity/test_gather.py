@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_sat.sparsity.gather import keep_columns, keep_rows
+from megatron_sat.sparsity.gather import keep_columns, keep_place, keep_rows, learn_rows
 from tests.helpers.reference import zeroed
 from tests.helpers.tolerances import EXACT, FP32_SUMS
 
@@ -102,3 +102,25 @@ def test_the_cut_is_a_copy_and_not_a_view(keep, dim):
     weight.zero_()
 
     torch.testing.assert_close(cut, before, **EXACT)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_place_has_the_shape_of_what_is_kept_no_memory_and_the_same_way_back(dim):
+    weight, seed = random(7, 7), random(4, 7) if dim == 0 else random(7, 4)
+    place, cut = keep_place(weight, INDEX, dim=dim), (keep_rows, keep_columns)[dim](weight, INDEX)
+
+    assert place.shape == cut.shape and place.untyped_storage().nbytes() == weight.element_size()
+    ours, theirs = (torch.autograd.grad(out, weight, seed.detach())[0] for out in (place, cut))
+    torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 3)])
+def test_rows_that_learn_are_computed_with_all_and_alone_get_a_gradient(shape):
+    weight, seed = random(*shape), random(*shape).detach()
+    learning = learn_rows(weight, INDEX)
+    (gradient,) = torch.autograd.grad(learning.exp(), weight, seed)
+    (dense,) = torch.autograd.grad(weight.exp(), weight, seed)
+
+    assert learning.equal(weight)
+    torch.testing.assert_close(gradient, zeroed(dense, INDEX, dim=0), **EXACT)
+    assert torch.count_nonzero(dense[OMITTED]) == 3 * dense[0].numel()
