@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Variants of training beside dense training, at equal wall-clock: run them all, report, judge, remember.
 
-    tools/compare.py run FILE.yaml --out DIR [--seeds 1 2 3] [--require "sat.zh_bpc <= dense_equal_time.zh_bpc + 0.005"]
+    tools/compare.py run FILE.yaml --out DIR [--seeds 1 2 3] [--gpus 4]
+                         [--require "sat.zh_bpc <= dense_equal_time.zh_bpc + 0.005"]
     tools/compare.py history [--figure zh_bpc] [--variant sat] [--out trend.png]
 
 FILE names model, data, budget, common settings, seeds and variants (docs/compare.md). What is done is kept, so the same
@@ -29,6 +30,7 @@ log.quiet_libraries()
 cpu.install()  # before anything of megatron is imported; nothing with a GPU
 
 from megatron_sat.compare.conduct import Conduct
+from megatron_sat.compare.devices import alike, check_count, visible_devices
 from megatron_sat.compare.experiment import CONTROLS, Experiment, experiment_from, with_seeds
 from megatron_sat.compare.history import Entry, append, trend
 from megatron_sat.compare.lab import Lab
@@ -37,7 +39,15 @@ from megatron_sat.compare.provenance import Provenance, provenance
 from megatron_sat.compare.requirement import Verdict, check, judge
 from megatron_sat.compare.stages import Runner
 from megatron_sat.compare.study import Study, figure_names, group_names
-from megatron_sat.compare.summary import cell, in_short, language_figures, settings_of, warnings, write_summary
+from megatron_sat.compare.summary import (
+    cell,
+    in_short,
+    language_figures,
+    settings_of,
+    side_by_side,
+    warnings,
+    write_summary,
+)
 from megatron_sat.compare.workshop import end_well, environment_of, this_machine
 
 HISTORY = "compare.sqlite"
@@ -60,14 +70,18 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     groups, figures = (names(experiment, left_out=without) for names in (group_names, figure_names))
     for text in args.require:
         check(text, groups=groups, figures=figures)
-    shop = this_machine(ROOT, jobs=args.jobs)
+    check_count(args.gpus, ranks=experiment.ranks)
+    shop, environment = this_machine(ROOT, jobs=args.jobs), environment_of(os.environ)
+    several = args.gpus > 1
+    gpus = alike(visible_devices(environment, python=shop.python), count=args.gpus) if several else ()
     runner = Runner(
-        environment=environment_of(os.environ),
+        environment=environment,
         shown=lambda line: bool(PROGRESS.match(line)),
         working_folder=ROOT,
         jobs=args.jobs,
     )
-    conduct = Conduct(lab=Lab(shop=shop, experiment=experiment, out=args.out.resolve()), runner=runner, without=without)
+    lab = Lab(shop=shop, experiment=experiment, out=args.out.resolve())
+    conduct = Conduct(lab=lab, runner=runner, without=without, gpus=gpus)
     if args.dry_run:
         conduct.rehearse()
         return 0
@@ -111,7 +125,7 @@ def _conclude(study: Study, out: Path, *, verdicts: Sequence[Verdict]) -> None:
     figures = [*language_figures(study), "steps", "seconds", "flops"]
     rows = [[group, *(cell(found[name], digits=3) for name in figures)] for group, found in study.figures.items()]
     log.table(study.experiment.name, ["", *figures], rows)
-    for sentence in [*warnings(study), *in_short(study)]:
+    for sentence in [*warnings(study), *side_by_side(study), *in_short(study)]:
         log.say(f"- {sentence}")
     for verdict in verdicts:
         log.say(f"required: {verdict}")
@@ -149,7 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--require", action="append", default=[], metavar="REQUIREMENT", help="exit with 1 unless it holds; repeatable")
     add("--without-control", action="append", default=[], metavar="NAME", help=f"{', '.join(CONTROLS)}; repeatable")
     add("--history", type=Path, help=f"the store of results (default: {HISTORY} beside DIR)")
-    add("--jobs", type=int, default=1, help="stages at once; training runs only without dense_equal_time (default: 1)")
+    shared = "training runs too, over the GPUs in turn, only without dense_equal_time"
+    add("--jobs", type=int, default=1, help=f"stages at once; {shared} (default: 1)")
+    add("--gpus", type=int, default=1, help="training runs at once, each alone on its GPU, all of a kind (default: 1)")
     add("--dry-run", action="store_true", help="say the commands and run none")
     past = actions.add_parser("history", help="what comparisons found, the oldest first", allow_abbrev=False)
     add = past.add_argument

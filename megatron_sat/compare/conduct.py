@@ -1,7 +1,7 @@
 """An experiment made: every stage that is not done, in an order in which the machine's moods hit all variants alike.
 
-Seed by seed dense and all variants; then what is learnt from their times, the dense runs that fill them. Training runs
-are alone on the machine as long as their time is compared.
+Seed by seed dense and all variants; then what is learnt from their times, the dense runs that fill them. As long as
+their time is compared, training runs are alone on the machine, or each on a GPU of its own beside others of its kind.
 """
 
 import contextlib
@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 
 from megatron_sat import cli
+from megatron_sat.compare.devices import places
 from megatron_sat.compare.experiment import CONTROLS, DENSE, EQUAL_TIME, PROGRAMS, RATE_ZERO, method_alone, sparse
 from megatron_sat.compare.lab import Lab, Planned, at_rate_zero
 from megatron_sat.compare.measured import read_measured
 from megatron_sat.compare.runs import Run, read_run, steps_that_fit
-from megatron_sat.compare.stages import Runner, Stage
+from megatron_sat.compare.stages import Place, Runner, Stage
 from megatron_sat.compare.study import Group, Study, Trial, group_of_rate_zero
 from megatron_sat.data.side_file import CONVERSATIONS, read_side_file
 from megatron_sat.log import say
@@ -35,6 +36,11 @@ class Conduct:
     runner: Runner
     without: tuple[str, ...] = ()
     """Controls to leave out, of CONTROLS."""
+    gpus: tuple[str, ...] = ()
+    """What CUDA_VISIBLE_DEVICES calls the GPUs that training runs are spread over, all of one kind.
+
+    Empty: one run at a time, which sees all that this process sees.
+    """
 
     def __post_init__(self) -> None:
         for name in self.without:
@@ -49,8 +55,13 @@ class Conduct:
 
     @property
     def shared(self) -> bool:
-        """Whether training runs share the machine: only where no time is compared."""
-        return EQUAL_TIME in self.without and self.runner.jobs > 1
+        """Whether more training runs are made at once than there are GPUs: only where no time is compared."""
+        return EQUAL_TIME in self.without and self.runner.jobs > max(1, len(self.gpus))
+
+    @property
+    def places(self) -> list[Place]:
+        """Where training runs are made, at once."""
+        return places(self.gpus, at_once=self.runner.jobs if self.shared else max(1, len(self.gpus)))
 
     def prepare(self) -> None:
         """What comes before any training."""
@@ -121,6 +132,8 @@ class Conduct:
                 f"then, for each of {', '.join(experiment.variants)}, dense with the steps that fit into its measured "
                 f"time, {len(experiment.seeds)} seeds each; variants with equally many share one"
             )
+        if self.gpus:
+            say(f"training runs: {len(self.places)} at once, on the GPUs {', '.join(self.gpus)}")
         say(f"{len(every)} stages in {self.lab.shop.named(self.lab.out)}, without those")
 
     # -- which runs there are
@@ -174,14 +187,10 @@ class Conduct:
         return replace(stage, made_with=stage.made_with + _SHARED) if self.shared else stage
 
     def _train(self, stages: Sequence[Stage]) -> None:
-        if self.shared:
-            self.runner.run_all(stages)
-            return
-        for stage in stages:
-            self.runner.run(stage)
+        self.runner.run_in(stages, places=self.places)
 
     def _group(self, name: str, stages: Mapping[int, Stage]) -> Group:
-        trials = {seed: _trial(stage.folder, name=name) for seed, stage in stages.items()}
+        trials = {seed: _trial(stage, name=name) for seed, stage in stages.items()}
         return Group(name=name, trials=trials)
 
     def _differences(self, dense: Mapping[int, Stage], zero: Mapping[int, Stage]) -> dict[int, str | None]:
@@ -209,10 +218,13 @@ def _of(stages: Mapping[int, Stage], seed: int) -> list[Stage]:
     return [stages[seed]] if seed in stages else []
 
 
-def _trial(folder: Path, *, name: str) -> Trial:
-    measured = read_measured(folder)
+def _trial(stage: Stage, *, name: str) -> Trial:
+    measured = read_measured(stage.folder)
     return Trial(
-        run=read_run(folder, name=name), peak_memory_bytes=measured.peak_memory_bytes, commits=measured.commits
+        run=read_run(stage.folder, name=name),
+        peak_memory_bytes=measured.peak_memory_bytes,
+        commits=measured.commits,
+        at_once=stage.at_once,
     )
 
 

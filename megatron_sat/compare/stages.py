@@ -3,7 +3,7 @@
 A stage whose marker stands is not run again, unless its command, a file that it reads, what it is made with, or a
 stage before it changed. One that was interrupted begins anew, or goes on where its command can. What a command says
 goes into ``log.txt`` of its folder. Stages that need each other's results are run one after the other; others may
-run at once.
+run at once, wherever there is room, or each in a place of its own.
 """
 
 import hashlib
@@ -13,11 +13,13 @@ import shutil
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from megatron_sat.log import say
 
@@ -34,6 +36,23 @@ class Resumption:
     """Program and arguments, instead of the stage's own."""
     needs: Path
     """What an interrupted command must have left for that; without it the stage begins anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a stage runs, and beside how many."""
+
+    device: str | None = None
+    """CUDA_VISIBLE_DEVICES of the command; None: what the runner's environment says."""
+    at_once: int = 1
+    """Stages in all such places together. Those on a device share the cores out among them."""
+
+    def threads(self, own: int) -> int:
+        """OMP_NUM_THREADS of a stage that alone would have ``own``."""
+        return own if self.device is None else max(1, own // self.at_once)
+
+
+ALONE = Place()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +74,7 @@ class Stage:
     resumption: Resumption | None = None
     """None: an interrupted one begins anew."""
     threads: int = 1
-    """OMP_NUM_THREADS of the command and all that it starts."""
+    """OMP_NUM_THREADS of the command and all that it starts, where it has the machine to itself."""
 
     @property
     def key(self) -> str:
@@ -75,7 +94,15 @@ class Stage:
     @property
     def seconds(self) -> float:
         """How long the command took that made the result; the stage is done."""
-        return float(json.loads((self.folder / MARKER).read_text())["seconds"])
+        return float(_content(self.folder / MARKER)["seconds"])
+
+    @property
+    def at_once(self) -> tuple[int, ...]:
+        """How many stages were run at once when this one was, itself counted; the stage is done.
+
+        Several numbers where it was interrupted and went on beside more or fewer.
+        """
+        return tuple(_content(self.folder / MARKER).get("at_once", [1]))  # of older results: they were alone
 
 
 class Running:
@@ -123,7 +150,7 @@ class Runner:
     """Runs stages, all in the same way."""
 
     environment: Mapping[str, str]
-    """Of the commands, whole but for the number of threads."""
+    """Of the commands, whole but for the number of threads and the device of a place."""
     shown: Callable[[str], bool]
     """Which of a command's lines are said as they come."""
     working_folder: Path
@@ -132,7 +159,7 @@ class Runner:
     """Stages at once, where `run_all` is asked for several."""
     running: Running = field(default_factory=Running)
 
-    def run(self, stage: Stage) -> bool:
+    def run(self, stage: Stage, *, place: Place = ALONE) -> bool:
         """Run the stage unless it is done; returns whether it ran.
 
         Raises RuntimeError with the end of the log when the command fails, and ValueError where the folder holds
@@ -146,24 +173,26 @@ class Runner:
         resumed = resumption is not None and _key_in(stage.folder / BEGUN) == key and resumption.needs.exists()
         command = resumption.command if resumption is not None and resumed else stage.command
         say(f"{stage.name}: {'going on: ' if resumed else ''}{shlex.join(command)}")
-        before = json.loads((stage.folder / BEGUN).read_text())["seconds"] if resumed else 0.0
+        earlier: dict[str, Any] = _content(stage.folder / BEGUN) if resumed else {"seconds": 0.0, "at_once": []}
+        at_once = sorted({*earlier.get("at_once", [1]), place.at_once})
+        state: dict[str, Any] = {"key": key, "at_once": at_once}
         if not resumed:
             _empty(stage.folder)
             (stage.folder / LOG).touch()
-            _write(stage.folder / BEGUN, {"key": key, "seconds": 0.0})
+        _write(stage.folder / BEGUN, state | {"seconds": earlier["seconds"]})
         began = time.monotonic()
         code = None
         try:
-            code = self._run(command, stage=stage)
+            code = self._run(command, stage=stage, place=place)
         finally:
-            seconds = round(before + time.monotonic() - began, 3)
-            _write(stage.folder / BEGUN, {"key": key, "seconds": seconds})
+            state["seconds"] = round(earlier["seconds"] + time.monotonic() - began, 3)
+            _write(stage.folder / BEGUN, state)
         if code != 0:
             raise RuntimeError(
                 f"the stage {stage.name!r} must end with 0, it ended with {code}; all that it said is in "
                 f"{stage.folder / LOG}, which ends:\n{_tail(stage.folder / LOG)}"
             )
-        _write(stage.folder / MARKER, {"key": key, "command": stage.command, "seconds": seconds})
+        _write(stage.folder / MARKER, state | {"command": stage.command})
         return True
 
     def run_all(self, stages: Sequence[Stage]) -> None:
@@ -190,9 +219,46 @@ class Runner:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _run(self, command: Sequence[str], *, stage: Stage) -> int:
+    def run_in(self, stages: Sequence[Stage], *, places: Sequence[Place]) -> None:
+        """Run stages in their order, each in the place that is free first, one at a time in each place.
+
+        Of these stages none is after another. When one fails, none begins any more, and those that were begun end as
+        they will: hours of training are kept. An interruption ends all. Raises what `run` raises, of the first that
+        failed, once all have ended; what others failed of is said.
+        """
+        assert not any(set(stage.after) & set(stages) for stage in stages)
+        if len(places) == 1:
+            for stage in stages:
+                self.run(stage, place=places[0])
+            return
+        waiting, free = deque(stages), deque(places)
+        working, errors = dict[Future[bool], tuple[Stage, Place]](), list[BaseException]()
+        with ThreadPoolExecutor(len(places)) as pool:
+            try:
+                while working or (waiting and not errors):
+                    while waiting and free and not errors:
+                        stage, place = waiting.popleft(), free.popleft()
+                        working[pool.submit(self.run, stage, place=place)] = (stage, place)
+                    for finished in wait(working, return_when=FIRST_COMPLETED).done:
+                        stage, place = working.pop(finished)
+                        free.append(place)
+                        if (error := finished.exception()) is not None:
+                            errors.append(error)
+                            say(f"{stage.name}: failed; what was begun goes on to its end, and nothing else begins")
+            except BaseException:
+                self.running.stop()
+                raise
+        for other in errors[1:]:
+            say(str(other))
+        if errors:
+            raise errors[0]
+
+    def _run(self, command: Sequence[str], *, stage: Stage, place: Place) -> int:
+        whose = f"  {stage.name}: " if place.at_once > 1 else "  "
         with (stage.folder / LOG).open("a") as log:
-            environment = {**self.environment, "OMP_NUM_THREADS": str(stage.threads)}
+            environment = {**self.environment, "OMP_NUM_THREADS": str(place.threads(stage.threads))}
+            if place.device is not None:
+                environment["CUDA_VISIBLE_DEVICES"] = place.device
             process = self.running.begin(command, environment=environment, folder=self.working_folder)
             assert process.stdout is not None
             try:
@@ -200,7 +266,7 @@ class Runner:
                     log.write(line)
                     log.flush()
                     if self.shown(line):
-                        say("  " + line.rstrip())
+                        say(whose + line.rstrip())
                 return process.wait()
             finally:  # whoever interrupts this leaves no ranks behind
                 self.running.end(process)
@@ -213,8 +279,12 @@ def _write(path: Path, content: Mapping[str, object]) -> None:
     fresh.replace(path)
 
 
+def _content(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())  # type: ignore[no-any-return]
+
+
 def _key_in(path: Path) -> str | None:
-    return json.loads(path.read_text())["key"] if path.is_file() else None
+    return _content(path)["key"] if path.is_file() else None
 
 
 def _content_digest(path: Path) -> bytes:

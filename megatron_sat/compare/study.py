@@ -28,6 +28,8 @@ class Trial:
     peak_memory_bytes: int
     commits: tuple[str, ...]
     """Of the project, when it ran."""
+    at_once: tuple[int, ...] = (1,)
+    """How many runs were made at once when it was, itself counted; several numbers where it was interrupted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,12 @@ class Study:
         """Of all runs."""
         trials = [trial for group in self.groups.values() for trial in group.trials.values()]
         return tuple(dict.fromkeys(commit for trial in trials for commit in trial.commits))
+
+    @property
+    def at_once(self) -> tuple[int, ...]:
+        """How many runs were made at once, of all runs: (1,) where each was alone, (4,) with four GPUs."""
+        trials = (trial for group in self.groups.values() for trial in group.trials.values())
+        return tuple(sorted({number for trial in trials for number in trial.at_once}))
 
     def off_time(self, variant: str) -> bool:
         """Whether a variant's equal-time control turned out to have had another time."""

@@ -43,7 +43,7 @@ def write_summary(
     draw_progress(study, folder / PROGRESS)
     title = f"{study.experiment.name}: variants beside dense training"
     blocks = [
-        Bullets(items=[*warnings(study), *in_short(study)]),
+        Bullets(items=[*warnings(study), *side_by_side(study), *in_short(study)]),
         *_required(verdicts),
         Heading(text="Quality"),
         Picture(path=folder / PROGRESS, says="Validation loss over training time and over operations"),
@@ -89,6 +89,15 @@ def warnings(study: Study) -> list[str]:
                 "trust nothing here before that is mended."
             )
     return said
+
+
+def side_by_side(study: Study) -> list[str]:
+    """How runs stood beside each other, where each had a GPU of its own; nothing where each was alone."""
+    if study.shared or study.at_once == (1,):
+        return []
+    counts = ["alone" if number == 1 else f"{number} side by side" for number in study.at_once]
+    uneven = "" if len(counts) == 1 else "; cores, disk and bus were not shared by equally many"
+    return [f"Runs: one per GPU, {' or '.join(counts)}{uneven}."]
 
 
 def in_short(study: Study) -> list[str]:
@@ -260,6 +269,7 @@ def as_plain(study: Study, *, told: Provenance, verdicts: Sequence[Verdict]) -> 
         "name": study.experiment.name,
         "left_out": list(study.left_out),
         "warnings": warnings(study),
+        "runs_at_once": list(study.at_once),
         "in_short": in_short(study),
         "required": [asdict(verdict) for verdict in verdicts],
         "figures": {group: {name: _plain(spread) for name, spread in f.items()} for group, f in study.figures.items()},

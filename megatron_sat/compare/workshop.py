@@ -15,6 +15,8 @@ from megatron_sat.compare.stages import LOG, Resumption, Stage
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """In the folder of a run that has saved."""
+_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun, Slurm's wrapper and DeepSpeed's launcher say to a rank, as `distributed` reads it."""
 PROGRAM = ("pretrain_sat.py",)
 """What a training run starts, after the interpreter or torchrun."""
 
@@ -79,7 +81,7 @@ class Workshop:
         after: Sequence[Stage],
         program: Sequence[str] = PROGRAM,
     ) -> Stage:
-        """A training run in ``folder``; nothing else may run beside it, for its time counts.
+        """A training run in ``folder``; nothing else may use its device, for its time counts.
 
         configs: files of settings; what no stage before it makes decides the result.
         """
@@ -112,9 +114,11 @@ def cores_here() -> int:
 def environment_of(own: Mapping[str, str]) -> dict[str, str]:
     """What commands find in their environment: ``own``, quiet, and without threads that spin while they wait.
 
-    Spinning costs minutes where other programs want the cores.
+    Spinning costs minutes where other programs want the cores. What a launcher said to this process is not for them:
+    two at once would meet at one port. One process opens none; torchrun says to several what they need.
     """
-    return {**own, "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}
+    kept = {name: value for name, value in own.items() if name not in _LAUNCHERS}
+    return {**kept, "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def end_well(name: str, main: Callable[[Sequence[str]], int | None], *, wrong: int = 1) -> None:

@@ -1,12 +1,14 @@
 """Stands where a comparison's interpreter stands: leaves what each command would leave, at once, and counts its calls.
 
 It runs by itself in a bare interpreter and imports nothing of the project. FAIL names a piece of a call that fails.
-Dense steps take a second, sparse ones PACE. A run's loss follows from its settings and its seed alone.
+Dense steps take a second, sparse ones PACE. A run's loss follows from its settings and its seed alone. In the folder
+DEVICES a training run holds its device for a moment, and fails where another one has it; it leaves there how it ran.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 ARGV = sys.argv[1:]
@@ -38,7 +40,20 @@ def prepare() -> str:
     return "text"
 
 
+def occupy(folder: Path) -> None:
+    """Raises FileExistsError where another run is on the device."""
+    if (devices := os.environ.get("DEVICES")) is None:
+        return
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "any")
+    held = Path(devices, f"{device}.held")
+    with held.open("x"):
+        time.sleep(0.1)
+    held.unlink()
+    Path(devices, f"{folder.parent.name}-{folder.name[-1]}").write_text(f"{device} {os.environ['OMP_NUM_THREADS']}")
+
+
 def train() -> str:
+    occupy(Path(value("--into")))
     settings: dict[str, object] = {}
     for path in values("--config"):
         settings |= json.loads(Path(path).read_text())

@@ -1,103 +1,38 @@
 """A comparison over all stages with programs that only pretend: order, what is kept, shared, left out."""
 
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from megatron_sat.compare.conduct import Conduct, equal_time_steps
+from megatron_sat.compare.conduct import equal_time_steps
 from megatron_sat.compare.lab import Lab
-from megatron_sat.compare.stages import Runner
-from megatron_sat.compare.study import Study
-from megatron_sat.compare.workshop import Workshop
-from tests.compare.studies import GIVEN, experiment
+from tests.compare.pretended import (
+    CONTROLS,
+    FIRST,
+    MODEL,
+    RUNS,
+    SAME,
+    SAT,
+    TRAINING,
+    calls_of,
+    conduct_of,
+    lab_in,
+    made,
+    other_lab,
+)
+from tests.compare.studies import GIVEN
 from tests.compare.synthetic import run
-
-FAKE = Path(__file__).parent / "fake_runs.py"
-MODEL = {
-    "num_layers": 2,
-    "hidden_size": 8,
-    "ffn_hidden_size": 16,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 8,
-    "swiglu": True,
-    "normalization": "RMSNorm",
-    "position_embedding_type": "rope",
-    "add_bias_linear": False,
-}
-TRAINING = {"lr": 1e-3, "seq_length": 8, "micro_batch_size": 1, "global_batch_size": 1, "num_workers": 0}
-SAT = {"sat_schedule": "constant", "sat_omission_rate": 0.5}
-FIRST = ["text", "start/1 1", "start/2 1"]
 
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Lab:
-    interpreter = tmp_path / "python"
-    interpreter.write_text(f'#!/bin/sh\nexec {sys.executable} -S {FAKE} "$@"\n')
-    interpreter.chmod(0o755)
-    for name in ("zh.jsonl", "zh.dev.jsonl", "en.dev.jsonl", "tokenizer.model"):
-        (tmp_path / name).write_text("")
-    return Lab(
-        shop=Workshop(root=tmp_path, python=str(interpreter), made_with="here", cores=2, jobs=1),
-        experiment=_asked(tmp_path),
-        out=tmp_path / "out",
-    )
-
-
-def _asked(folder: Path, **changes: Any) -> Any:
-    model = {"fresh": MODEL, "tokenizer": "tokenizer.model"}
-    budget = {"steps": 40}
-    return experiment(
-        folder, **{"model": model, "training": TRAINING, "budget": budget, "variants": {"sat": SAT}, **changes}
-    )
-
-
-def _other(lab: Lab, **changes: Any) -> Lab:
-    return replace(lab, experiment=_asked(lab.shop.root, **changes))
-
-
-class _Unread(Conduct):
-    """Does not read the runs' command lines, which takes longer than all that is pretended here."""
-
-    def check(self) -> None:
-        pass
-
-
-def _conduct(
-    lab: Lab, *, jobs: int = 1, without: tuple[str, ...] = (), reads: bool = False, **environment: str
-) -> Conduct:
-    calls = lab.shop.root / "calls"
-    calls.write_text("")
-    runner = Runner(
-        environment=os.environ | {"CALLS": str(calls), **environment},
-        shown=lambda line: False,
-        working_folder=lab.shop.root,
-        jobs=jobs,
-    )
-    return (Conduct if reads else _Unread)(lab=lab, runner=runner, without=without)
-
-
-def _go(lab: Lab, **how: Any) -> tuple[Study, list[str]]:
-    """What came of it, and the calls: GROUP/SEED STEPS of a run."""
-    study = _conduct(lab, **how).study()
-    return study, _calls(lab)
-
-
-def _calls(lab: Lab) -> list[str]:
-    return (lab.shop.root / "calls").read_text().splitlines()
-
-
-RUNS = ["dense/1 40", "sat/1 40", "sat_rate_0/1 40", "dense/2 40", "sat/2 40"]
-CONTROLS = ["dense_20_steps/1 20", "dense_20_steps/2 20"]
-SAME = ["same dense-sat_rate_0-seed-1"]
+    return lab_in(tmp_path)
 
 
 def test_runs_come_seed_by_seed_and_the_control_fills_the_variants_time(lab: Lab) -> None:
     """A dense step takes twice as long as a sparse one."""
-    study, calls = _go(lab, reads=True)
+    study, calls = made(lab, reads=True)
     assert calls == FIRST + RUNS + CONTROLS + SAME
     assert study.equal_time == {"sat": "dense_20_steps"}
     assert study.differences == {"sat": {1: None}}
@@ -105,14 +40,14 @@ def test_runs_come_seed_by_seed_and_the_control_fills_the_variants_time(lab: Lab
 
 
 def test_what_is_done_is_kept(lab: Lab) -> None:
-    first, _ = _go(lab)
-    again, calls = _go(_other(lab))
+    first, _ = made(lab)
+    again, calls = made(other_lab(lab))
     assert calls == []
     assert again.figures == first.figures
 
 
 def test_figures_are_those_of_the_runs(lab: Lab) -> None:
-    study, _ = _go(lab)
+    study, _ = made(lab)
     assert study.figures["sat"]["zh_loss"].values == {1: pytest.approx(9.7), 2: pytest.approx(9.8)}
     assert study.figures["sat"]["forgetting_loss"].mean == pytest.approx(1 - 0.39)
     assert study.tokens_per_character == {"zh": 0.5, "en": 0.5}
@@ -121,72 +56,72 @@ def test_figures_are_those_of_the_runs(lab: Lab) -> None:
 
 
 def test_variants_whose_controls_have_equally_many_steps_share_one(lab: Lab) -> None:
-    twice = _other(lab, variants={"sat": SAT, "top": {**SAT, "sat_selection": "top-k"}})
-    study, calls = _go(twice)
+    twice = other_lab(lab, variants={"sat": SAT, "top": {**SAT, "sat_selection": "top-k"}})
+    study, calls = made(twice)
     assert study.equal_time == {"sat": "dense_20_steps", "top": "dense_20_steps"}
     assert [call for call in calls if call.startswith("dense_")] == CONTROLS
 
 
 def test_a_variant_that_takes_denses_time_has_dense_for_its_control(lab: Lab) -> None:
-    study, calls = _go(lab, PACE="1")
+    study, calls = made(lab, PACE="1")
     assert study.equal_time == {"sat": "dense"}
     assert not any(call.startswith("dense_") for call in calls)
 
 
 def test_a_variant_that_is_slower_gives_its_control_more_steps(lab: Lab) -> None:
-    study, _ = _go(lab, PACE="1.5")
+    study, _ = made(lab, PACE="1.5")
     assert study.groups[study.equal_time["sat"]].steps == 60
 
 
 def test_rate_zero_that_need_not_be_dense_is_run_with_every_seed(lab: Lab) -> None:
-    study, calls = _go(_other(lab, variants={"sat": {**SAT, "lr": 2e-3}}))
+    study, calls = made(other_lab(lab, variants={"sat": {**SAT, "lr": 2e-3}}))
     assert [call for call in calls if "rate_0" in call and "same" not in call] == ["sat_rate_0/1 40", "sat_rate_0/2 40"]
     assert set(study.differences["sat"]) == {1, 2}
 
 
 def test_a_variant_that_omits_nothing_has_no_control_at_rate_zero(lab: Lab) -> None:
-    study, calls = _go(_other(lab, variants={"faster": {"lr": 2e-3}}))
+    study, calls = made(other_lab(lab, variants={"faster": {"lr": 2e-3}}))
     assert not any("rate_0" in call for call in calls)
     assert study.rate_zero == {}
 
 
 def test_rate_zero_that_is_not_dense_is_told(lab: Lab) -> None:
-    study, _ = _go(lab, BROKEN="1")
+    study, _ = made(lab, BROKEN="1")
     assert study.differences == {"sat": {1: "loss of step 1"}}
 
 
 @pytest.mark.parametrize("place", ["text", "start/1", "sat/1", "dense_20_steps/2", "same"])
 def test_a_comparison_that_fails_goes_on_where_it_was(place: str, lab: Lab) -> None:
     with pytest.raises(RuntimeError, match="must end with 0.*(?s:.*)fails as it was told to"):
-        _go(lab, FAIL=place)
-    done = len(_calls(lab)) - 1
-    _, calls = _go(_other(lab))
+        made(lab, FAIL=place)
+    done = len(calls_of(lab)) - 1
+    _, calls = made(other_lab(lab))
     assert calls == (FIRST + RUNS + CONTROLS + SAME)[done:]
 
 
 def test_a_run_that_saves_on_its_way_goes_on_from_there(lab: Lab) -> None:
-    saving = _other(lab, training={**TRAINING, "save_interval": 5})
+    saving = other_lab(lab, training={**TRAINING, "save_interval": 5})
     with pytest.raises(RuntimeError, match="'sat, seed 1' must end with 0"):
-        _go(saving, FAIL="sat/1")
-    _, calls = _go(replace(saving))
+        made(saving, FAIL="sat/1")
+    _, calls = made(replace(saving))
     assert calls[0] == "sat/1 40 going on"
 
 
 def test_a_variant_that_changed_is_run_again_and_dense_is_kept(lab: Lab) -> None:
-    _go(lab)
-    _, calls = _go(_other(lab, variants={"sat": {**SAT, "sat_omission_rate": 0.25}}))
+    made(lab)
+    _, calls = made(other_lab(lab, variants={"sat": {**SAT, "sat_omission_rate": 0.25}}))
     assert calls == ["sat/1 40", "sat/2 40"]
 
 
 def test_other_training_makes_every_run_again(lab: Lab) -> None:
-    _go(lab)
-    _, calls = _go(_other(lab, training={**TRAINING, "lr": 1e-4}))
+    made(lab)
+    _, calls = made(other_lab(lab, training={**TRAINING, "lr": 1e-4}))
     assert calls == RUNS + CONTROLS + SAME  # the start has no learning rate
 
 
 def test_another_seed_is_added_to_what_is_there(lab: Lab) -> None:
-    _go(lab)
-    _, calls = _go(_other(lab, seeds=[1, 2, 3]))
+    made(lab)
+    _, calls = made(other_lab(lab, seeds=[1, 2, 3]))
     assert calls == ["start/3 1", "dense/3 40", "sat/3 40", "dense_20_steps/3 20"]
 
 
@@ -201,49 +136,52 @@ def test_another_seed_is_added_to_what_is_there(lab: Lab) -> None:
 def test_a_control_can_be_left_out_and_the_study_says_so(
     without: tuple[str, ...], missing: list[str], lab: Lab
 ) -> None:
-    study, calls = _go(lab, without=without)
+    study, calls = made(lab, without=without)
     assert [call for call in FIRST + RUNS + CONTROLS + SAME if call not in missing] == calls
     assert study.left_out == without
 
 
 def test_controls_that_others_are_measured_by_stay(lab: Lab) -> None:
     with pytest.raises(ValueError, match="dense takes from dense_equal_time and rate_0 what they are measured by"):
-        _conduct(lab, without=("dense",))
+        conduct_of(lab, without=("dense",))
     with pytest.raises(ValueError, match="must be one of dense, dense_equal_time, rate_0, got sat; choose one"):
-        _conduct(lab, without=("sat",))
+        conduct_of(lab, without=("sat",))
 
 
 def test_runs_share_the_machine_only_where_no_time_is_compared(lab: Lab) -> None:
-    alone, _ = _go(lab, jobs=2)
+    alone, _ = made(lab, jobs=2)
     assert not alone.shared
-    beside, calls = _go(_other(lab), jobs=2, without=("dense_equal_time",))
+    beside, calls = made(other_lab(lab), jobs=2, without=("dense_equal_time",))
     assert beside.shared
     assert sorted(calls) == sorted([*RUNS, *SAME])  # what ran alone is not what runs beside others
-    _, calls = _go(_other(lab))
+    _, calls = made(other_lab(lab))
     assert set(RUNS) < set(calls)
 
 
 def test_a_setting_that_no_run_can_have_is_refused_before_any_run(lab: Lab) -> None:
-    wrong = _other(lab, variants={"sat": SAT, "typo": {**SAT, "sat_importanse": "uniform"}})
+    wrong = other_lab(lab, variants={"sat": SAT, "typo": {**SAT, "sat_importanse": "uniform"}})
     with pytest.raises(ValueError, match="typo must be a run that pretrain_sat.py can make: .*sat-importanse"):
-        _go(wrong, reads=True)
-    assert _calls(wrong) == ["text"]
+        made(wrong, reads=True)
+    assert calls_of(wrong) == ["text"]
 
 
 def test_every_command_can_be_said_without_running_one(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    _conduct(lab).rehearse()
+    conduct_of(lab).rehearse()
     said = capsys.readouterr().out
     assert said.count("pretrain_sat.py") == 7
     assert "then, for each of sat, dense with the steps that fit into its measured time, 2 seeds each" in said
-    assert _calls(lab) == []
-    _conduct(lab, without=("dense_equal_time",)).rehearse()
-    assert "then, for each" not in capsys.readouterr().out
+    assert calls_of(lab) == []
+    assert "training runs: " not in said
+    conduct_of(lab, without=("dense_equal_time",), gpus=("4", "5")).rehearse()
+    said = capsys.readouterr().out
+    assert "then, for each" not in said
+    assert "training runs: 2 at once, on the GPUs 4, 5" in said
 
 
 def test_conversations_are_prepared_each_by_itself_and_have_no_bits(lab: Lab) -> None:
     data = {**GIVEN["data"], "template": "alpaca"}
-    tuned = _other(lab, program="finetune_sat.py", data=data)
-    study, calls = _go(tuned, reads=True)
+    tuned = other_lab(lab, program="finetune_sat.py", data=data)
+    study, calls = made(tuned, reads=True)
     assert calls[:3] == ["prepare zh", "prepare zh.held-out", "prepare en.held-out"]
     assert study.tokens_per_character == {}
     assert "--template alpaca" in " ".join(tuned.texts[0].command)
@@ -253,10 +191,10 @@ def test_a_hugging_face_model_is_imported_and_every_run_begins_with_it(lab: Lab)
     folder = lab.shop.root / "smol"
     folder.mkdir()
     (folder / "model.safetensors").write_text("x")
-    given = _other(lab, model={"hf": "smol"})
-    conduct = _conduct(given)
+    given = other_lab(lab, model={"hf": "smol"})
+    conduct = conduct_of(given)
     conduct.prepare()
-    assert _calls(given) == ["import", "text"]
+    assert calls_of(given) == ["import", "text"]
     begin = "--load out/import/model --finetune"
     first = given.start(1)
     assert begin in " ".join(first.command)
@@ -265,7 +203,7 @@ def test_a_hugging_face_model_is_imported_and_every_run_begins_with_it(lab: Lab)
     assert begin in " ".join(given.run(planned).command)
     before = given.run(planned).key
     (folder / "model.safetensors").write_text("other")
-    assert _other(lab, model={"hf": "smol"}).run(planned).key != before
+    assert other_lab(lab, model={"hf": "smol"}).run(planned).key != before
 
 
 def test_prepared_data_is_taken_as_it_is_and_noticed_when_it_changes(lab: Lab) -> None:
@@ -273,19 +211,19 @@ def test_prepared_data_is_taken_as_it_is_and_noticed_when_it_changes(lab: Lab) -
         for ending in (".idx", ".bin"):
             (lab.shop.root / (name + ending)).write_text("")
     parts = {"train": {"zh": "a"}, "valid": {"zh": "b", "en": "c"}}
-    given = _other(lab, data=parts)
+    given = other_lab(lab, data=parts)
     assert given.texts == ()
     assert "--train-data-path zh=a --valid-data-path zh=b en=c" in " ".join(given.start(1).command)
     before = given.start(1).key
     (lab.shop.root / "a.bin").write_text("other")
-    assert _other(lab, data=parts).start(1).key != before
+    assert other_lab(lab, data=parts).start(1).key != before
 
 
 def test_text_for_a_checkpoint_needs_a_tokenizer(lab: Lab) -> None:
-    given = _other(lab, model={"checkpoint": "imported"})
+    given = other_lab(lab, model={"checkpoint": "imported"})
     with pytest.raises(ValueError, match="must come with a tokenizer where text is to be prepared, got none"):
-        _go(given)
-    named = _other(lab, model={"checkpoint": "imported", "tokenizer": "tokenizer.model"})
+        made(given)
+    named = other_lab(lab, model={"checkpoint": "imported", "tokenizer": "tokenizer.model"})
     assert "--config imported/model.yaml out/settings/start.yaml" in " ".join(named.start(1).command)
 
 
@@ -300,12 +238,12 @@ def test_a_folders_tokenizer_is_read_as_its_files_ask(files: list[str], said: st
     (lab.shop.root / "folder").mkdir()
     for name in files:
         (lab.shop.root / "folder" / name).write_text("")
-    given = _other(lab, program="finetune_sat.py", model={"fresh": MODEL, "tokenizer": "folder"})
+    given = other_lab(lab, program="finetune_sat.py", model={"fresh": MODEL, "tokenizer": "folder"})
     assert f"--tokenizer-type {said} --workers" in " ".join(given.texts[0].command)
 
 
 def test_several_ranks_are_started_by_torchrun(lab: Lab) -> None:
-    given = _other(lab, budget={"steps": 40, "ranks": 2})
+    given = other_lab(lab, budget={"steps": 40, "ranks": 2})
     command = " ".join(given.start(1).command)
     assert "--nproc-per-node 2 -m megatron_sat.compare.measured --into out/start/seed-1 pretrain_sat.py" in command
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sat.compare.stages import BEGUN, LOG, MARKER, Resumption, Runner, Running, Stage
+from megatron_sat.compare.stages import BEGUN, LOG, MARKER, Place, Resumption, Runner, Running, Stage
 
 COUNT = "import sys; open(sys.argv[1], 'a').write('ran\\n'); print('step 1'); print('noise')"
 ROOT = Path(__file__).parents[2]
@@ -110,18 +110,22 @@ def test_the_marker_says_which_command_made_the_folder(count: Stage) -> None:
     assert json.loads((count.folder / MARKER).read_text())["command"] == list(count.command)
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_an_interrupted_stage_ends_its_command_and_stays_undone(jobs: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("jobs", "go"),
+    [(1, "run_all([stage])"), (2, "run_all([stage])"), (1, "run_in([stage, later], places=2 * [Place()])")],
+)
+def test_an_interrupted_stage_ends_its_command_and_stays_undone(jobs: int, go: str, tmp_path: Path) -> None:
     """Ctrl-C reaches this process alone here, as it does under a supervisor."""
     stage = f"""
 import os, pathlib, signal, sys
-from megatron_sat.compare.stages import Runner, Stage
+from megatron_sat.compare.stages import Place, Runner, Stage
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
 child = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(60)"
 here = pathlib.Path({str(tmp_path)!r})
 stage = Stage(name="long", folder=here / "stage", command=(sys.executable, "-c", child))
+later = Stage(name="as long", folder=here / "later", command=(sys.executable, "-c", child))
 runner = Runner(environment=os.environ, shown=lambda line: True, working_folder=here, jobs={jobs})
-runner.run_all([stage])
+runner.{go}
 """
     parent = subprocess.Popen([sys.executable, "-c", stage], cwd=ROOT, stderr=subprocess.DEVNULL)
     log_file = tmp_path / "stage" / LOG
@@ -166,6 +170,102 @@ def test_an_error_in_one_stage_ends_the_others(tmp_path: Path) -> None:
     assert time.monotonic() - began < 30
     assert not any(stage.is_done for stage in stages)
     assert not stages[2].folder.joinpath(MARKER).exists()
+
+
+MEET = (
+    "import os, pathlib, time; mine, other = {!r}\n"
+    "pathlib.Path(mine).write_text(os.environ['CUDA_VISIBLE_DEVICES'] + ' ' + os.environ['OMP_NUM_THREADS'])\n"
+    "while not os.path.exists(other): time.sleep(.01)\nprint('met')"
+)
+"""Leaves its place and waits for the other."""
+
+
+def test_stages_in_places_run_at_once_each_on_its_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = [
+        replace(_python(name, MEET.format((name + "-", other + "-")), folder=tmp_path), threads=threads)
+        for name, other, threads in (("a", "b", 7), ("b", "a", 1))
+    ]
+    places = [Place(device=device, at_once=2) for device in ("5", "3")]
+    _runner(tmp_path, shown=lambda line: line == "met\n").run_in(stages, places=places)
+    assert [(tmp_path / f"{name}-").read_text() for name in "ab"] == ["5 3", "3 1"]
+    said = capsys.readouterr().out
+    assert all(f"  {name}: met" in said for name in "ab")
+    assert stages[0].at_once == (2,)
+
+
+def test_a_place_is_given_to_the_next_stage_when_it_is_free(tmp_path: Path) -> None:
+    """The first stage waits for the last one: its own place stays taken, the other one is used by all the rest."""
+    waits = "import os, time\nwhile not os.path.exists('third-'): time.sleep(.01)"
+    leave = "import os, pathlib; pathlib.Path('{}-').write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
+    names = ("first", "second", "third")
+    stages = [_python("waits", waits, folder=tmp_path)]
+    stages += [_python(name, leave.format(name), folder=tmp_path) for name in names]
+    _runner(tmp_path).run_in(stages, places=[Place(device=device, at_once=2) for device in "xy"])
+    assert [(tmp_path / f"{name}-").read_text() for name in names] == ["y", "y", "y"]
+
+
+def test_stages_in_places_end_though_another_failed_and_no_other_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each of the first three waits until the one before it is over."""
+    later = (
+        "import json, os, time\n"
+        "while not (os.path.exists({0!r}) and json.load(open({0!r}))['seconds']): time.sleep(.01)\n"
+        "time.sleep(.3)\n"
+    )
+    fails = "raise SystemExit(3)"
+    stages = [
+        _python("one", fails, folder=tmp_path),
+        _python("two", later.format(f"one/{BEGUN}") + fails, folder=tmp_path),
+        _python("ends", later.format(f"two/{BEGUN}"), folder=tmp_path),
+        _python("never begins", "pass", folder=tmp_path),
+    ]
+    with pytest.raises(RuntimeError, match="'one' must end with 0, it ended with 3"):
+        _runner(tmp_path).run_in(stages, places=[Place(device=device, at_once=3) for device in "xyz"])
+    assert [stage.is_done for stage in stages] == [False, False, True, False]
+    assert not stages[3].folder.exists()
+    said = capsys.readouterr().out
+    assert "one: failed; what was begun goes on to its end, and nothing else begins" in said
+    assert "the stage 'two' must end with 0" in said
+
+
+def test_stages_that_need_each_other_do_not_run_in_places(count: Stage) -> None:
+    with pytest.raises(AssertionError):
+        _runner(count.folder.parent).run_in([count, replace(count, after=(count,))], places=[Place()])
+
+
+def test_a_stage_that_goes_on_beside_others_says_that_it_was_alone_before(tmp_path: Path) -> None:
+    first = "import pathlib; pathlib.Path('stage/part').write_text('first '); raise SystemExit(1)"
+    resumption = Resumption(command=(sys.executable, "-c", GO_ON), needs=tmp_path / "stage" / "part")
+    stage = Stage(name="s", folder=tmp_path / "stage", command=(sys.executable, "-c", first), resumption=resumption)
+    with pytest.raises(RuntimeError, match="must end with 0"):
+        _run(stage)
+    _runner(tmp_path).run_in([stage], places=[Place(device="0", at_once=4)])
+    assert stage.at_once == (1, 4)
+
+
+def test_a_result_that_does_not_say_how_many_ran_was_alone(count: Stage) -> None:
+    _run(count)
+    marker = count.folder / MARKER
+    content = json.loads(marker.read_text())
+    assert content.pop("at_once") == [1]
+    marker.write_text(json.dumps(content))
+    assert count.at_once == (1,)
+
+
+def test_an_interrupted_stage_that_does_not_say_how_many_ran_was_alone(tmp_path: Path) -> None:
+    first = "import pathlib; pathlib.Path('stage/part').write_text('first '); raise SystemExit(1)"
+    resumption = Resumption(command=(sys.executable, "-c", GO_ON), needs=tmp_path / "stage" / "part")
+    stage = Stage(name="s", folder=tmp_path / "stage", command=(sys.executable, "-c", first), resumption=resumption)
+    two = Place(device="0", at_once=2)
+    with pytest.raises(RuntimeError, match="must end with 0"):
+        _runner(tmp_path).run(stage, place=two)
+    begun = stage.folder / BEGUN
+    content = json.loads(begun.read_text())
+    assert content.pop("at_once") == [2]
+    begun.write_text(json.dumps(content))
+    _runner(tmp_path).run(stage, place=two)
+    assert stage.at_once == (1, 2)
 
 
 def test_nothing_begins_once_all_are_being_ended(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,15 @@ import pytest
 from megatron_sat.compare.provenance import Provenance
 from megatron_sat.compare.requirement import Verdict
 from megatron_sat.compare.study import Group, Spread, Study
-from megatron_sat.compare.summary import cell, in_short, language_figures, settings_of, warnings, write_summary
+from megatron_sat.compare.summary import (
+    cell,
+    in_short,
+    language_figures,
+    settings_of,
+    side_by_side,
+    warnings,
+    write_summary,
+)
 from tests.compare.studies import experiment, group, study
 
 TOLD = Provenance(command="tools/compare.py run x.yaml", commit="abc", machine="2 CPU cores", libraries="torch")
@@ -76,6 +85,42 @@ def test_a_control_with_another_time_is_told_first(tmp_path: Path) -> None:
     (warning,) = warnings(made)
     assert warning.startswith("UNEQUAL TIME of sat and its control (dense_80_steps): 40.0 s against 48.0 s. Remove")
     assert in_short(made)[0].startswith("At unequal training time (the control took 20.0% more")
+
+
+def _at_once(made: Study, *counts: tuple[int, ...]) -> Study:
+    """Trials of dense were beside as many as counts say, all others beside as many as the first says."""
+    trials = made.groups["dense"].trials
+    dense = {seed: replace(trial, at_once=count) for (seed, trial), count in zip(trials.items(), counts, strict=True)}
+    groups = {
+        name: replace(each, trials={seed: replace(trial, at_once=counts[0]) for seed, trial in each.trials.items()})
+        for name, each in made.groups.items()
+    }
+    return replace(made, groups={**groups, "dense": replace(made.groups["dense"], trials=dense)})
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [
+        (((4,), (4,)), "Runs: one per GPU, 4 side by side."),
+        (
+            ((4,), (1, 4)),
+            "Runs: one per GPU, alone or 4 side by side; cores, disk and bus were not shared by equally many.",
+        ),
+    ],
+)
+def test_runs_that_had_a_gpu_each_are_said_to_have_stood_side_by_side(
+    counts: Sequence[tuple[int, ...]], says: str, tmp_path: Path
+) -> None:
+    made = _at_once(study(tmp_path), *counts)
+    assert side_by_side(made) == [says]
+    write_summary(made, tmp_path, told=TOLD, settings={})
+    assert (tmp_path / "report.md").read_text().splitlines()[2] == f"- {says}"
+    assert json.loads((tmp_path / "report.json").read_text())["runs_at_once"] == sorted({n for c in counts for n in c})
+
+
+def test_nothing_is_said_of_runs_that_were_alone_or_whose_times_mean_nothing(tmp_path: Path) -> None:
+    assert side_by_side(study(tmp_path)) == []
+    assert side_by_side(replace(_at_once(study(tmp_path), (4,), (4,)), shared=True)) == []
 
 
 def test_rate_zero_may_differ_where_more_than_the_method_is_set(tmp_path: Path) -> None:

@@ -29,6 +29,13 @@ def test_commands_keep_the_environment_and_do_not_spin() -> None:
     assert found == {"HOME": "/home", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONWARNINGS": "ignore"}
 
 
+def test_commands_do_not_hear_what_a_launcher_said_to_the_harness() -> None:
+    """Two at once would meet at one port, and the second would take itself for another rank."""
+    said = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+    found = environment_of({"HOME": "/home", **said, "MASTER_ADDR": "host", "MASTER_PORT": "29500"})
+    assert set(found) == {"HOME", "OMP_WAIT_POLICY", "PYTHONWARNINGS"}
+
+
 @pytest.fixture(autouse=True)
 def signals() -> object:
     before = signal.getsignal(signal.SIGTERM)

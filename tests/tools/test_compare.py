@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from megatron_sat.compare import conduct, prepare, same, stages
+from megatron_sat.compare.devices import Device
 from megatron_sat.compare.runs import read_run
 from tests.helpers.ranks import run_ranks
 from tools import compare
@@ -45,7 +46,7 @@ def _file(folder: Path) -> Path:
     return path
 
 
-def _here(self: stages.Runner, command: Sequence[str], *, stage: stages.Stage) -> int:
+def _here(self: stages.Runner, command: Sequence[str], *, stage: stages.Stage, place: stages.Place) -> int:
     """Instead of a process that imports everything anew: one that is forked from this one."""
     _, _, module, *arguments = command
     return int(run_ranks(_call, 1, module, arguments)[0])
@@ -162,6 +163,27 @@ def test_a_dry_run_says_the_commands_of_the_shipped_example(
     for group in ("start", "dense", "sat", "contribution", "sat_rate_0", "contribution_rate_0"):
         assert f"{group}, seed 3: " in said
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings"]
+
+
+def test_training_runs_are_spread_over_the_gpus_that_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = [Device(handle=handle, name="H100") for handle in ("4", "5", "6")]
+    monkeypatch.setattr(compare, "visible_devices", lambda environment, *, python: there)
+    argv = ["run", str(SMALL), "--out", str(tmp_path / "out"), "--dry-run"]
+    assert compare.main([*argv, "--gpus", "2"]) == 0
+    assert "training runs: 2 at once, on the GPUs 4, 5" in capsys.readouterr().out
+    assert compare.main([*argv, "--gpus", "2", "--jobs", "6", "--without-control", "dense_equal_time"]) == 0
+    assert "training runs: 6 at once, on the GPUs 4, 5" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--gpus must be at most the number of GPUs that are visible \(3\), got 4"):
+        compare.main([*argv, "--gpus", "4"])
+    with pytest.raises(ValueError, match="--gpus must be at least 1, got 0"):
+        compare.main([*argv, "--gpus", "0"])
+
+
+def test_one_gpu_is_not_asked_for_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "visible_devices", lambda environment, *, python: pytest.fail("it was asked"))
+    assert compare.main(["run", str(SMALL), "--out", str(tmp_path / "out"), "--dry-run", "--gpus", "1"]) == 0
 
 
 @pytest.mark.parametrize(
