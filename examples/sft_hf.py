@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Supervised fine-tuning with transformers' Trainer: full, SAT, SPDF, LoRA or (IA)³, from a model's folder to another.
+"""Supervised fine-tuning with transformers' Trainer: full, SAT, SPDF, LoRA, (IA)³ or SpIEL, from a model to another.
 
     sft_hf.py --model DIR --data FILE.. --valid-data FILE.. --save DIR --method sat [--deepspeed FILE]
     torchrun --nproc-per-node 8 sft_hf.py ...
@@ -18,7 +18,6 @@ import os
 import resource
 import sys
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -29,58 +28,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
-from megatron_sat.baselines.peft import (
-    IA3_LEARNING_RATE,
-    LINEAR,
-    LORA_LEARNING_RATE,
-    LORA_RANKS,
-    merged,
-    with_ia3,
-    with_lora,
-)
-from megatron_sat.baselines.spdf import RATE as SPDF_RATE
-from megatron_sat.baselines.spdf import Spdf
+from examples.sft_hf_methods import LEARNING_RATES, Prepared, add_flags, build_model, settle
 from megatron_sat.data.jsonl import Lines, find_inputs
 from megatron_sat.data.sft_encode import ChatOptions, encode_examples, read
 from megatron_sat.data.sft_template import Template, build_template
 from megatron_sat.data.tokenizer import NO_TOKEN, tokenizer_of_folder
-from megatron_sat.hf import SatCallback, sparsify
 from megatron_sat.log import say
-from megatron_sat.sparsity.schedule import Schedule, ScheduleConfig, build_schedule, parse_rate
-from megatron_sat.sparsity.selector import SelectionConfig
 
 NOT_LEARNT = -100  # transformers' label of a token that is in no loss
-LEARNING_RATES = {"full": 1e-5, "sat": 1e-5, "spdf": 1e-5, "lora": LORA_LEARNING_RATE, "ia3": IA3_LEARNING_RATE}
-SAT_ONLY: dict[str, Any] = {
-    "sat_omission_rate": Fraction(24, 25),
-    "sat_schedule_start": None,
-    "sat_rungs": 1,
-    "sat_importance": "maxip",
-    "sat_selection": "sampling",
-    "sat_temperature": 0.05,
-    "sat_selection_interval": 1,
-    "sat_gqa": "group",
-    "sat_channel_multiple": None,
-    "sat_omitted_neurons": "optimizer",
-}
-"""Flags of --method sat and their defaults; start: half of the steps; multiple: 128 on a GPU, as everywhere here."""
-SAT_KINDS: dict[str, Any] = dict.fromkeys(SAT_ONLY, str) | {
-    "sat_omission_rate": parse_rate,
-    "sat_temperature": float,
-    **dict.fromkeys(("sat_schedule_start", "sat_rungs", "sat_selection_interval", "sat_channel_multiple"), int),
-}
-SPDF_ONLY: dict[str, Any] = {"spdf_rate": SPDF_RATE, "spdf_until": None}
-FLAGS_OF = {"sat": SAT_ONLY, "spdf": SPDF_ONLY, "lora": {"lora_rank": LORA_RANKS[0]}}
 Example = dict[str, Tensor]
 
 
@@ -94,60 +51,33 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     steps = args.train_iters or args.epochs * math.ceil(len(train_set) / args.global_batch_size)
     arguments = trainer_arguments(args, steps=steps)  # before the model: ZeRO-3 reads it in shards
     set_seed(args.seed)  # LoRA's A is random
-    model, callbacks = build_model(args, steps=steps)
+    prepared = build_model(args, steps=steps)
     fill = tokenizer.pad if tokenizer.pad != NO_TOKEN else tokenizer.eod
     trainer = Trainer(
-        model,
+        prepared.model,
         arguments,
         train_dataset=train_set,  # type: ignore[arg-type]  # whatever can be indexed
         data_collator=lambda examples: collate(examples, fill=fill),
-        callbacks=callbacks,
+        callbacks=prepared.callbacks,
+        optimizers=(prepared.optimizer, None),
     )
     result = trainer.train(resume_from_checkpoint=args.resume)
     report = {
         "method": args.method,
         "steps": steps,
         "examples": len(train_set),
-        "trained parameters": sum(whole_size(p) for p in model.parameters() if p.requires_grad),
+        "trained parameters": sum(whole_size(p) for p in prepared.model.parameters() if p.requires_grad),
         "held-out loss": response_loss(trainer, held_out, batch=args.micro_batch_size),
         "seconds": round(result.metrics["train_runtime"], 3),
         "peak memory": peak_memory(),
         "settings": {name: str(value) for name, value in vars(args).items() if value is not None},
     }
-    save(trainer, args)
+    save(trainer, prepared, args=args)
     if trainer.is_world_process_zero():
         (args.save / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for name in ("held-out loss", "seconds", "peak memory"):
         say(f"{name}: {report[name]}")
     return report
-
-
-def build_model(args: argparse.Namespace, *, steps: int) -> tuple[Any, list[TrainerCallback]]:
-    """The model of --model, ready for the method, and what Trainer needs for it."""
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        args.model, local_files_only=True, attn_implementation=args.attention, dtype=torch.float32
-    )
-    if args.method == "sat":
-        sparse = sparsify(model, schedule=schedule(args, steps=steps), selection=selection(args))
-        pack = args.deepspeed is None  # it reduces each micro-batch's gradient
-        return model, [SatCallback(sparse, pack=pack, omitted_neurons=args.sat_omitted_neurons)]
-    if args.method == "spdf":
-        weights = [module.weight for name, module in model.named_modules() if name.rpartition(".")[2] in LINEAR]
-        until = steps // 2 if args.spdf_until is None else args.spdf_until
-        return model, [StepsOf(Spdf(weights, rate=args.spdf_rate, until=until))]
-    if args.method == "lora":
-        return with_lora(model, rank=args.lora_rank), []
-    return with_ia3(model) if args.method == "ia3" else model, []
-
-
-class StepsOf(TrainerCallback):
-    """Tells SPDF which step begins."""
-
-    def __init__(self, spdf: Spdf) -> None:
-        self.spdf = spdf
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.spdf.begin_step(state.global_step + 1)
 
 
 # -- flags
@@ -175,51 +105,10 @@ def read_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--deepspeed", type=Path, help="DeepSpeed's configuration, passed through")
     parser.add_argument("--save-interval", type=int, help="steps between checkpoints; none without")
     parser.add_argument("--resume", type=str, help="a checkpoint's folder")
-    parser.add_argument("--lora-rank", type=int, help=f"the paper: {LORA_RANKS}")
-    parser.add_argument("--spdf-rate", type=parse_rate, help=f"share of each matrix that is zero; {SPDF_RATE}")
-    parser.add_argument("--spdf-until", type=int, help="last step with zeros; half of the steps")
-    sat = parser.add_argument_group("SAT", "as in docs/flags.md")
-    for name, kind in SAT_KINDS.items():
-        sat.add_argument("--" + name.replace("_", "-"), type=kind)
+    add_flags(parser)
     args = parser.parse_args(argv)
-    for method, mine in FLAGS_OF.items():
-        for name, default in mine.items():
-            given = getattr(args, name)
-            if given is None and args.method == method:
-                setattr(args, name, default)
-            elif given is not None and args.method != method:
-                flag = "--" + name.replace("_", "-")
-                parser.error(f"{flag} has no effect with --method {args.method}, got {given}; leave it out")
-    args.lr = LEARNING_RATES[args.method] if args.lr is None else args.lr
+    settle(args, parser=parser)
     return args
-
-
-def schedule(args: argparse.Namespace, *, steps: int) -> Schedule:
-    """The ladder over ``steps`` steps."""
-    start = steps // 2 if args.sat_schedule_start is None else args.sat_schedule_start
-    return build_schedule(
-        ScheduleConfig(
-            kind="ladder",
-            omission_rate=args.sat_omission_rate,
-            start=start,
-            rungs=args.sat_rungs,
-            train_iters=steps,
-        )
-    )
-
-
-def selection(args: argparse.Namespace) -> SelectionConfig:
-    """How neurons are chosen."""
-    multiple = args.sat_channel_multiple
-    return SelectionConfig(
-        importance=args.sat_importance,
-        selection=args.sat_selection,
-        temperature=args.sat_temperature,
-        selection_interval=args.sat_selection_interval,
-        gqa=args.sat_gqa,
-        channel_multiple=multiple if multiple is not None else 128 if torch.cuda.is_available() else 1,
-        seed=args.seed,
-    )
 
 
 def trainer_arguments(args: argparse.Namespace, *, steps: int) -> TrainingArguments:
@@ -247,6 +136,7 @@ def trainer_arguments(args: argparse.Namespace, *, steps: int) -> TrainingArgume
         logging_steps=1,
         report_to=[],
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         use_cpu=not torch.cuda.is_available() and args.deepspeed is None,  # it would switch DeepSpeed off
         remove_unused_columns=False,
         disable_tqdm=True,
@@ -325,20 +215,19 @@ def peak_memory() -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory"
 
 
-def save(trainer: Trainer, args: argparse.Namespace) -> None:
-    """The model and its tokenizer in --save; of LoRA and (IA)³ the learned part in adapter/, and merged the model."""
+def save(trainer: Trainer, prepared: Prepared, *, args: argparse.Namespace) -> None:
+    """The model and its tokenizer in --save, plain; of LoRA and (IA)³ the learned part too, in adapter/."""
     library = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-    model: Any = trainer.model
-    if args.method in ("full", "sat", "spdf"):
-        trainer.save_model(str(args.save))
-    else:
+    if args.method in ("lora", "ia3"):
         trainer.save_model(str(args.save / "adapter"))
-        if any(hasattr(parameter, "ds_shape") for parameter in model.parameters()):
-            say("the model lies in shards: merge the adapter with peft's merge_and_unload after loading both")
-            return
-        if trainer.is_world_process_zero():
-            plain: Any = merged(model)
-            plain.save_pretrained(args.save)
+    if prepared.plain is None:
+        trainer.save_model(str(args.save))
+    elif any(hasattr(parameter, "ds_shape") for parameter in prepared.model.parameters()):
+        say("the model lies in shards: merge the adapter with peft's merge_and_unload after loading both")
+        return
+    elif trainer.is_world_process_zero():
+        plain: Any = prepared.plain()
+        plain.save_pretrained(args.save)
     if trainer.is_world_process_zero():
         library.save_pretrained(args.save)
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from examples.sft_hf import NOT_LEARNT, collate, main, read_examples
+from examples.sft_hf import NOT_LEARNT, collate, main, read_examples, read_flags
+from examples.sft_hf_methods import build_model
 from megatron_sat.data.sft_template import build_template
 from megatron_sat.data.tokenizer import tokenizer_of_folder
 from tests.data.test_sft_template import CHATML, save_folder
@@ -65,10 +66,15 @@ def literal_loss(model: Any, place: Path) -> float:
     return lost / count
 
 
-@pytest.mark.parametrize("method", ["full", "sat", "spdf", "lora", "ia3"])
+SPIEL = ["--spiel-interval", "3", "--spiel-accumulate", "1", "--spiel-weight-decay", "1"]
+"""Three replacements in the nine steps of three epochs."""
+MORE = {"spiel": SPIEL}
+
+
+@pytest.mark.parametrize("method", ["full", "sat", "spdf", "lora", "ia3", "spiel"])
 def test_a_method_trains_and_leaves_a_plain_model_and_its_report(method: str, place: Path) -> None:
     before = literal_loss(AutoModelForCausalLM.from_pretrained(place / "model"), place)
-    report = main(flags(place, method))
+    report = main(flags(place, method, *MORE.get(method, [])))
     trained = AutoModelForCausalLM.from_pretrained(place / "out")
     assert json.loads((place / "out" / "report.json").read_text()) == report
     assert report["held-out loss"] == pytest.approx(literal_loss(trained, place), rel=1e-5)
@@ -88,7 +94,7 @@ def test_the_methods_are_different_trainings(place: Path) -> None:
     losses = {}
     ways = {"full": [], "sat": [], "sat 0": ["--sat-omission-rate", "0"], "spdf": [], "spdf 0": ["--spdf-rate", "0"]}
     ways["sat frozen"] = ["--sat-omitted-neurons", "frozen"]
-    for name, more in (ways | {"lora": [], "ia3": []}).items():
+    for name, more in (ways | {"lora": [], "ia3": [], "spiel": SPIEL}).items():
         losses[name] = main(flags(place, name.split()[0], *more))["held-out loss"]
     assert losses["sat 0"] == losses["spdf 0"] == losses["full"]
     assert len(set(losses.values())) == len(losses) - 2
@@ -107,10 +113,45 @@ def linear_layers(model: Any) -> list[Any]:
     return [module for name, module in model.named_modules() if name.endswith("_proj")]
 
 
-@pytest.mark.parametrize("method", ["sat", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "ia3"))])
+@pytest.mark.parametrize(
+    "method", ["sat", "spiel", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "ia3"))]
+)
 def test_recomputation_changes_no_method(method: str, place: Path) -> None:
-    argv = flags(place, method, "--train-iters", "2")
+    argv = flags(place, method, "--train-iters", "2", *MORE.get(method, []))
     assert main(argv)["held-out loss"] == main([*argv, "--recompute"])["held-out loss"]
+
+
+def test_spiel_trains_as_many_entries_as_lora_and_leaves_all_others_as_they_were(place: Path) -> None:
+    before = AutoModelForCausalLM.from_pretrained(place / "model").state_dict()
+    report = main(flags(place, "spiel", *SPIEL, "--spiel-rank", "4"))
+    after = AutoModelForCausalLM.from_pretrained(place / "out").state_dict()
+    changed = {name: int((after[name] != before[name]).sum()) for name in before}
+    assert {name for name, count in changed.items() if count} == {name for name in before if "_proj" in name}
+    shapes = [tensor.shape for name, tensor in before.items() if "_proj" in name]
+    budget = sum(4 * sum(shape) for shape in shapes)
+    assert budget - len(shapes) < report["trained parameters"] <= budget
+    assert sum(changed.values()) == report["trained parameters"]
+
+
+def test_a_resumed_spiel_goes_on_bit_for_bit_within_an_accumulation(place: Path) -> None:
+    argv = ["--spiel-interval", "4", "--spiel-accumulate", "2", "--train-iters", "7", "--save-interval", "5"]
+    whole = main(flags(place, "spiel", *argv))
+    saved = place / "out" / "checkpoint-5"
+    resumed = main(flags(place, "spiel", *argv, "--resume", str(saved)))
+    assert resumed["held-out loss"] == whole["held-out loss"]
+
+
+def test_spiel_on_two_processes_is_spiel_on_one_with_two_micro_batches(place: Path) -> None:
+    write(place / "train.jsonl", RECORDS[:4])  # batches that divide
+    together = run_ranks(rank_of_two, 2, flags(place, "spiel", *SPIEL))
+    alone = main(flags(place, "spiel", *SPIEL))
+    assert together[0]["held-out loss"] == pytest.approx(alone["held-out loss"], rel=RUN_LOSS["rtol"])
+
+
+def test_spiel_under_deepspeed_is_an_error(place: Path) -> None:
+    args = read_flags(flags(place, "spiel", "--deepspeed", "zero.json"))
+    with pytest.raises(ValueError, match="--method spiel cannot be combined with --deepspeed, got zero.json: entries"):
+        build_model(args, steps=20)
 
 
 def test_only_responses_and_their_end_are_learnt(place: Path) -> None:
@@ -188,6 +229,7 @@ def test_deepspeed_on_processes_that_accelerate_does_not_know_of_is_an_error(pla
     [
         ("full", ["--sat-rungs", "2"], "--sat-rungs has no effect with --method full, got 2; leave it out"),
         ("lora", ["--spdf-until", "3"], "--spdf-until has no effect with --method lora, got 3; leave it out"),
+        ("lora", ["--spiel-rank", "8"], "--spiel-rank has no effect with --method lora, got 8; leave it out"),
         ("sat", ["--lora-rank", "8"], "--lora-rank has no effect with --method sat, got 8; leave it out"),
     ],
 )
