@@ -57,7 +57,8 @@ part() {
                 --weights compact --flags="$fast"
             ;;
         kernels) measure kernels profile_step.py --flags=--cross-entropy-loss-fusion ;;
-        cpt) measure cpt bench_ladder.py --ladders cpt=96 --flags="$fast" ;;
+        cpt) # the paper's share of a batch: 1024 sequences on 32 GPUs
+            measure cpt bench_ladder.py --micro-batches 32 --ladders cpt=36 --flags="$fast" ;;
         sft) measure sft bench_ladder.py --micro-batches 16 --ladders sft=40 --flags="$fast" ;;
         replicas)
             measure_pair replicas bench_step.py --layers 12 --weights compact \
@@ -65,7 +66,7 @@ part() {
             ;;
         tensor)
             # four sequences a micro-batch: without graphs, half a layer of one is launched more slowly than computed
-            measure_pair tensor bench_step.py --layers 12 --micro-batch-size 4 --micro-batches 2 --weights compact \
+            measure_pair tensor bench_step.py --layers 12 --micro-batch-size 4 --micro-batches 4 --weights compact \
                 --tensor-parallel 2 --flags="--sequence-parallel --cross-entropy-loss-fusion"
             ;;
         zero)

@@ -6,9 +6,7 @@ serves as the packed accumulator, so nothing of the weight's size is allocated, 
 move to their rows or columns. Whoever watches the weight's own gradient (DDP's hooks) sees them there in time.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_sat.sparsity.gather import shape_alone
+from megatron_sat.sparsity.unpack import unpack
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -81,33 +80,10 @@ class Pack:
 
     def used(self, weight: Parameter) -> None:
         """A backward is through. After the last one the sums go where they belong, and the pack is spent."""
-        sums = self._sums()
+        assert self._left > 0, "a pack is used once more than it was made for"
         self._left -= 1
         if self._left == 0:
-            spread_out(weight.main_grad, sums.clone(), index=self._index, dim=self._dim)  # type: ignore[attr-defined]
-
-
-def spread_out(full: Tensor, kept: Tensor, *, index: Tensor, dim: int) -> None:
-    """Fill ``full`` ([n, h] or [h, n]) with rows (dim 0) or columns (dim 1) of ``kept``, and zeros elsewhere."""
-    if full.is_cuda:
-        place = torch.full((full.size(dim),), -1, device=full.device)
-        place.index_copy_(0, index, torch.arange(index.numel(), device=full.device))
-        _compiled()(full, kept, place, dim=dim)
-    else:
-        full.zero_().index_copy_(dim, index, kept)
-
-
-def _spread(full: Tensor, kept: Tensor, place: Tensor, *, dim: int) -> None:
-    """place: [n] int64, where in ``kept`` a row or column lies; -1: it is not there."""
-    beside = (-1, 1) if dim == 0 else (1, -1)
-    full.copy_(torch.where(place.view(beside) >= 0, kept.index_select(dim, place.clamp(min=0)), 0.0))
-
-
-@cache
-def _compiled() -> Callable[..., None]:
-    """One kernel a dimension, whatever the rung: torch's own index_copy reaches half of the memory's rate (H100)."""
-    compiled: Callable[..., None] = torch.compile(_spread, dynamic=True)
-    return compiled
+            unpack(weight.main_grad, self._index, dim=self._dim)  # type: ignore[attr-defined]
 
 
 class _Use(torch.autograd.Function):

@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_sat.sparsity import compact
 from megatron_sat.sparsity.compact import Pack
 from megatron_sat.sparsity.gather import keep_columns, keep_rows
 
@@ -113,29 +112,3 @@ def test_a_pack_that_is_used_up_is_not_used_again() -> None:
 def test_a_weight_without_a_gradient_buffer_cannot_be_packed() -> None:
     with pytest.raises(AssertionError, match="main_grad"):
         Pack(Parameter(torch.zeros(8, 8)), INDEX, dim=0, uses=1)
-
-
-@pytest.mark.parametrize("dim", [0, 1])
-def test_what_is_compiled_on_a_gpu_spreads_as_a_cpu_does(dim: int) -> None:
-    """Here it is not compiled. Whatever was there before is gone."""
-    index, full = torch.tensor([1, 2, 5]), torch.full((7, 7), 9.0)
-    kept = torch.arange(1.0, 22.0).view((3, 7) if dim == 0 else (7, 3))
-    expected = torch.zeros(7, 7)
-    for number, place in enumerate(index.tolist()):
-        expected.select(dim, place).copy_(kept.select(dim, number))
-    compact._spread(full, kept, torch.tensor([-1, 0, 1, -1, -1, 2, -1]), dim=dim)
-    assert full.equal(expected)
-    compact.spread_out(full.fill_(9.0), kept, index=index, dim=dim)
-    assert full.equal(expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dim", [0, 1])
-def test_a_gpu_spreads_as_a_cpu_does(dim: int) -> None:
-    for count in (3, 40, 41):
-        index = torch.randperm(64)[:count].sort().values
-        kept = torch.randn((count, 64) if dim == 0 else (64, count))
-        found = [torch.full((64, 64), 9.0, device=device) for device in ("cpu", "cuda")]
-        for full in found:
-            compact.spread_out(full, kept.to(full.device), index=index.to(full.device), dim=dim)
-        assert found[1].cpu().equal(found[0])
