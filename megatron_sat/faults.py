@@ -104,7 +104,8 @@ def _loaded_distributed_state() -> None:
 
 
 def _results_queue() -> None:
-    # the queue that a manager process would serve; synchronous saving puts and gets in the same process
+    # the queue that a manager process would serve; saving puts and gets in the same process, in the background too,
+    # where what a writer tells its rank comes through a pipe (checkpoint/background.py)
     filesystem_async._results_queue = queue.Queue()
 
 
@@ -202,7 +203,8 @@ FAULTS: tuple[Fault, ...] = (
         versions=">=0.16.1,<0.20",
         what="even a synchronous save spawns a manager process a rank (2 s and more) that imports the main "
         "script anew, runs it where it has no __main__ guard, and outlives os._exit",
-        until="may go when a synchronous save starts no process; do not combine with megatron.core's own async save",
+        until="may go when a synchronous save starts no process; --async-save does without one too, megatron.core's "
+        "own callers of a writer (AsyncCallsQueue) do not",
         repair=_results_queue,
     ),
     Fault(

@@ -21,20 +21,14 @@ from megatron_sat import cli, distributed, log, plan
 from megatron_sat.build import Run, build_run, introduce
 from megatron_sat.checkpoint.folder import RELEASE, TRACKER
 from megatron_sat.checkpoint.header import Header, changes
-from megatron_sat.checkpoint.resume import (
-    Checkpoint,
-    LoadConfig,
-    NotSaved,
-    Resumed,
-    load_checkpoint,
-    open_checkpoint,
-    save_checkpoint,
-)
+from megatron_sat.checkpoint.resume import Checkpoint, LoadConfig, Resumed, load_checkpoint, open_checkpoint
+from megatron_sat.checkpoint.saving import NotSaved
 from megatron_sat.data.batch import Batch
 from megatron_sat.engines.base import StepResult
 from megatron_sat.model.flops import step_flops, whole
 from megatron_sat.preflight import start as preflight
 from megatron_sat.rehearsal.rehearse import rehearsal
+from megatron_sat.training.checkpoints import Checkpoints
 from megatron_sat.training.guard import Finding, Guard
 from megatron_sat.training.imported import check_import
 from megatron_sat.training.loop import Extent, Moments, Progress, train
@@ -43,7 +37,6 @@ from megatron_sat.training.reading import Reader, order_of
 from megatron_sat.training.requests import Requests, Wish
 from megatron_sat.training.response import BadStep, Response, Samples, worst_micro_batch
 from megatron_sat.training.state import restore_choices, whole_choices, whole_visits
-from megatron_sat.training.visits import save_visits
 
 BAD_STEP, NOT_SAVED = 3, 4
 """Exit codes of a run that a step ended, or a checkpoint that could not be written."""
@@ -97,7 +90,7 @@ class Session:
         introduce(run)
         self.guard = Guard(self.config.guard)
         self.response = Response(self.guard, engine=run.engine, controller=run.controller, roll_back=self._rolled_back)
-        self.newest: tuple[Path, int] | None = None
+        self.checkpoints = Checkpoints(self.config.checkpoint, engine=run.engine, layout=run.layout)
         self.progress = self._resumed()
         run.course.start(self.progress.iteration + 1)
         plan.show(run.plan)
@@ -133,7 +126,7 @@ class Session:
             should_save=lambda: self.wish is Wish.SAVE,
             begin=self.run.course.begin_step,
         )
-        with self.requests.listening(training.listens_to):
+        with self.requests.listening(training.listens_to), self.checkpoints.kept():
             self.progress = train(
                 self.run.engine,
                 self.run.controller,
@@ -155,12 +148,11 @@ class Session:
         """Enter the step's figures, and agree on all that the ranks must do alike.
 
         One collective carries rank 0's time, so that all ranks carry the same totals, what each rank was asked for,
-        and what it finds wrong. Raises BadStep where a step ends the run.
+        what it finds wrong, and whether it still writes. Raises BadStep or NotSaved where the run ends.
         """
-        run = self.run
-        seconds, wish, finding = distributed.highest(
-            [seconds if dist.get_rank() == 0 else 0.0, self.requests.look(), self.guard.found(result)],
-            device=run.device,
+        run, clock = self.run, seconds if dist.get_rank() == 0 else 0.0
+        seconds, wish, finding, writing = distributed.highest(
+            [clock, self.requests.look(), self.guard.found(result), self.checkpoints.writing], device=run.device
         )
         self.wish = Wish(int(wish))
         self.response.settle(step, finding=Finding(int(finding)), result=result, where=lambda: self._culprits(step))
@@ -183,6 +175,8 @@ class Session:
                 dense_flops=step_flops(run.shape, whole(run.shape), tokens=tokens),
             )
         )
+        if not writing:
+            self.checkpoints.finish()
 
     def log(self) -> None:
         record = self.meter.record()
@@ -202,11 +196,9 @@ class Session:
         """A checkpoint, and the visits, under ``--save``."""
         if self.folder is None:
             return
-        run, checkpoint = self.run, self.config.checkpoint
-        save_checkpoint(
-            self.folder,
-            trainer=run.engine,
-            header=Header(
+        run = self.run
+        self.checkpoints.save(
+            Header(
                 iteration=progress.iteration,
                 consumed_train_samples=progress.consumed_samples,
                 tokenizer=run.tokenizer.fingerprint,
@@ -215,16 +207,9 @@ class Session:
                 extra={"totals": self.meter.totals.state(), "guard": self.guard.state()},
             ),
             tensors=whole_choices(run.controller.selectors, layout=run.layout) | run.course.state(),
-            layout=run.layout,
-            with_optimizer=checkpoint.save_optim,
-            with_rng=checkpoint.save_rng,
-            keep_last=None if self.guard.suspicious else checkpoint.save_keep_last,
+            visits=whole_visits(run.controller.selectors, layout=run.layout),
+            keep_all=self.guard.suspicious,
         )
-        self.newest = (self.folder, progress.iteration)
-        visits = whole_visits(run.controller.selectors, layout=run.layout)
-        if dist.get_rank() == 0:
-            save_visits(self.folder / "visits.npz", visits, steps=progress.iteration)
-            log.say(f"step {progress.iteration:>6} | saved to {self.folder}")
 
     def should_stop(self, minutes: float) -> bool:
         """Whether someone asked for it, or ``--exit-duration-in-mins`` has passed, by rank 0's clock."""
@@ -262,9 +247,11 @@ class Session:
 
     def _rolled_back(self) -> int | None:
         """Put the newest checkpoint of this run back into the engine; its step, or None where there is none yet."""
-        if self.newest is None:
+        self.checkpoints.finish()
+        if self.checkpoints.newest is None:
             return None
-        resumed = self._load(open_checkpoint(self.newest[0], step=self.newest[1]), LoadConfig())
+        root, step = self.checkpoints.newest
+        resumed = self._load(open_checkpoint(root, step=step), LoadConfig())
         restore_choices(self.run.controller.selectors, saved=resumed.tensors, layout=self.run.layout)
         self.run.course.restore(resumed.tensors)
         return resumed.iteration
@@ -299,7 +286,7 @@ class Session:
         self.meter.totals = Totals(**resumed.extra.get("totals", {}))
         self.guard.restore(resumed.extra.get("guard", {}))
         if resumed.iteration:
-            self.newest = (root, resumed.iteration)
+            self.checkpoints.newest = (root, resumed.iteration)
         log.say(f"resumed from {opened.folder} at step {resumed.iteration}")
         if opened.folder.name == RELEASE:
             self._check_import(root)

@@ -7,6 +7,8 @@ from typing import Any
 
 KEY = "megatron_sat"
 """Where it stands among the checkpoint's common values."""
+EXTRA = "sat."
+"""Prefix of a checkpoint's further tensors."""
 _VERSION = 1
 
 

@@ -13,11 +13,12 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_sat import log
 from megatron_sat.checkpoint import rng, trust
+from megatron_sat.checkpoint.header import EXTRA
 from megatron_sat.checkpoint.hf_files import write_tensors
 from megatron_sat.checkpoint.hf_layout import LAYOUTS, Dimensions, Shape
 from megatron_sat.checkpoint.hf_names import NAMES, Features, Row, layers, rows
 from megatron_sat.checkpoint.hf_stream import read_tensor
-from megatron_sat.checkpoint.resume import EXTRA, Checkpoint
+from megatron_sat.checkpoint.resume import Checkpoint
 
 SHARD_BYTES = 5 * 10**9
 """Of one file, as transformers writes."""

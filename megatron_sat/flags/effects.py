@@ -251,7 +251,7 @@ MEGATRON: tuple[Rule, ...] = (
         beside="with --sft, whose samples are whole examples",
     ),
     Rule(keys="exit_signal", idle=lambda s: not s["exit_signal_handler"], beside="without --exit-signal-handler"),
-    Rule(keys="save_*", idle=lambda s: s["save"] is None, beside="without --save"),
+    Rule(keys="save_* async_save", idle=lambda s: s["save"] is None, beside="without --save"),
     Rule(
         keys="finetune load_* ckpt_step exit_on_missing_checkpoint allow_first_loss_apart",
         idle=lambda s: s["load"] is None,

@@ -8,7 +8,7 @@ from megatron_sat.flags.flag import Flag, underscored
 
 _ATTENTION = "attention is flash-attn's or torch's, which mask, scale and sum in their own kernels"
 _LOG = "console, TensorBoard and JSONL have loss, grad norm, rates, tokens/s, TFLOP/s and step time"
-_CHECKPOINT = "checkpoints are torch_dist, written and read in the foreground by all ranks"
+_CHECKPOINT = "checkpoints are torch_dist; each rank reads, and writes with one process (--async-save), its own part"
 
 FIELDS: dict[str, str] = {
     "masked_softmax_fusion": _ATTENTION,
@@ -55,7 +55,7 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         _CHECKPOINT,
-        """async-save use-persistent-ckpt-worker async-ckpt-use-cpu-shm ckpt-fully-parallel-load
+        """use-persistent-ckpt-worker async-ckpt-use-cpu-shm ckpt-fully-parallel-load
         no-ckpt-fully-parallel-save ckpt-fully-parallel-save ckpt-assume-constant-structure
         auto-detect-ckpt-format use-dist-ckpt verify-integrity no-ckpt-load-validate-sharding-integrity
         disable-ckpt-load-validate-sharding-integrity no-stream-ckpt-dequant disable-stream-ckpt-dequant

@@ -166,6 +166,7 @@ DATA: tuple[Flag, ...] = (
 CHECKPOINT: tuple[Flag, ...] = (
     option("save", help="folder of the checkpoints"),
     option("save_interval", "int", "--persistent-save-interval", help="updates between checkpoints"),
+    switch("async_save", default=False, help="a process a rank writes checkpoints while training goes on"),
     option("load", help="folder to resume from; an empty one is a fresh start"),
     option("ckpt_step", "int", help="iteration of the checkpoint to load; without it the newest"),
     option("ckpt_format", choices=("torch_dist", "torch", "torch_dcp", "fsdp_dtensor"), default="torch_dist"),

@@ -71,6 +71,8 @@ class CheckpointConfig:
     """Folder of the checkpoints; None: none are written."""
     save_interval: int | None = None
     """Updates between checkpoints, at least 1; None: at the end alone."""
+    async_save: bool = False
+    """Write them while training goes on."""
     load: str | None = None
     """Folder to resume from, its newest checkpoint; None, or an empty one: a fresh start."""
     ckpt_step: int | None = None

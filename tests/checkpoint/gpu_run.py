@@ -1,4 +1,4 @@
-"""A program for torchrun with one GPU a rank: train, hold entries, save, resume in a new engine, compare.
+"""A program for torchrun with one GPU a rank: train, hold entries, save both ways, resume in new engines, compare.
 
     python -m torch.distributed.run --nproc-per-node N tests/checkpoint/gpu_run.py FOLDER
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron_sat import faults
 from megatron_sat.distributed import Layout, join, leave, read_launch
 from megatron_sat.engines.megatron import MegatronEngine
-from tests.checkpoint.runs import BF16, LATE, load, save, state_bits
+from tests.checkpoint.runs import BF16, LATE, begin, load, save, state_bits
 from tests.helpers.plain_engine import MICRO_BATCHES, batches_of, make_engine
 from tests.helpers.plain_gpt import make_chunks
 
@@ -43,26 +43,32 @@ def held(engine: MegatronEngine) -> list[tuple[nn.Parameter, int, Tensor]]:
     ]
 
 
+def hold(engine: MegatronEngine) -> None:
+    engine.hold(lambda: held(engine))
+
+
 def check(settings: dict[str, Any], folder: Path) -> None:
     """One precision and optimizer: held entries stay, and a resumed run equals the uninterrupted one."""
     engine, layout = make_engine(build=chunks_on_gpu, **settings)
-    engine.hold(lambda: held(engine))
+    hold(engine)
     train(engine, layout, steps=range(1))
     before = [p.detach().index_select(dim, index).clone() for p, dim, index in held(engine)]
     train(engine, layout, steps=range(1, 3))
     engine.gather_weights()
     for (parameter, dim, index), old in zip(held(engine), before, strict=True):
         assert torch.equal(parameter.detach().index_select(dim, index), old), "a held entry moved"
-    save(engine, layout, folder, iteration=3)
+    save(engine, layout, folder / "at once", iteration=3)
+    later = begin(engine, layout, folder / "later", iteration=3)
     want = train(engine, layout, steps=range(3, 5))
+    later.finish()
     want_state = state_bits(engine)
-
-    other, layout = make_engine(build=chunks_on_gpu, **settings)
-    resumed = load(other, layout, folder)
-    other.hold(lambda: held(other))
-    assert resumed.tensors["sat.layers.0.mlp.kept"].tolist() == list(range(20))
-    assert train(other, layout, steps=range(3, 5)) == want, "a resumed run is another"
-    assert state_bits(other) == want_state, "a resumed state is another"
+    for way in ("at once", "later"):
+        other, layout = make_engine(build=chunks_on_gpu, **settings)
+        resumed = load(other, layout, folder / way)
+        hold(other)
+        assert resumed.tensors["sat.layers.0.mlp.kept"].tolist() == list(range(20))
+        assert train(other, layout, steps=range(3, 5)) == want, f"a run resumed from what was saved {way} is another"
+        assert state_bits(other) == want_state, f"a state saved {way} is another"
 
 
 def main() -> None:

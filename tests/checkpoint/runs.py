@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_sat.checkpoint.header import Header
-from megatron_sat.checkpoint.resume import (
-    LoadConfig,
-    Resumed,
-    load_checkpoint,
-    open_checkpoint,
-    save_checkpoint,
-)
+from megatron_sat.checkpoint.resume import LoadConfig, Resumed, load_checkpoint, open_checkpoint
+from megatron_sat.checkpoint.saving import Unfinished, begin_checkpoint, save_checkpoint
 from megatron_sat.distributed import Layout
 from megatron_sat.engines.megatron import MegatronEngine
 from tests.helpers.plain_engine import bits, make_engine, train, weights
@@ -47,6 +42,12 @@ def header(iteration: int, **changes: Any) -> Header:
 
 def save(engine: MegatronEngine, layout: Layout, root: Path, *, iteration: int, **how: Any) -> Path:
     return save_checkpoint(
+        root, trainer=engine, header=header(iteration), tensors=sat_tensors(layout), layout=layout, **how
+    )
+
+
+def begin(engine: MegatronEngine, layout: Layout, root: Path, *, iteration: int, **how: Any) -> Unfinished:
+    return begin_checkpoint(
         root, trainer=engine, header=header(iteration), tensors=sat_tensors(layout), layout=layout, **how
     )
 

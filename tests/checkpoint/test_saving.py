@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sat.checkpoint import resume
+from megatron_sat.checkpoint import saving
 from megatron_sat.checkpoint.folder import TRACKER, iterations
 from megatron_sat.checkpoint.resume import open_checkpoint
 from tests.checkpoint.runs import BF16, LATE, save, to_the_end
@@ -21,16 +21,16 @@ def test_saving_changes_nothing(tmp_path: Path) -> None:
 def crash(rank: int, root: Path) -> None:
     engine, layout = make_engine()
     save(engine, layout, root, iteration=1)
-    true = resume.dist_checkpointing.save  # type: ignore[attr-defined]
+    true = saving.dist_checkpointing.save  # type: ignore[attr-defined]
 
     def dies(*args: Any, **kwargs: Any) -> None:
         true(*args, **kwargs)
         raise OSError("no space left")
 
-    resume.dist_checkpointing.save = dies  # type: ignore[attr-defined]
+    saving.dist_checkpointing.save = dies  # type: ignore[attr-defined]
     with pytest.raises(OSError, match="no space"):
         save(engine, layout, root, iteration=2)
-    resume.dist_checkpointing.save = true  # type: ignore[attr-defined]
+    saving.dist_checkpointing.save = true  # type: ignore[attr-defined]
 
 
 def save_three(rank: int, root: Path, keep_last: int | None) -> None:

@@ -113,6 +113,7 @@ def test_a_setting_of_the_method_without_effect_is_refused(capsys, more, without
         ("--rope-scaling-factor 4", "--rope-scaling-factor 4.0 has no effect without --use-rope-scaling"),
         ("--lr-wsd-decay-iters 5", "--lr-wsd-decay-iters 5 has no effect without --lr-decay-style WSD"),
         ("--save-interval 10", "--save-interval 10 has no effect without --save"),
+        ("--async-save", "--async-save has no effect without --save"),
         ("--no-load-optim", "--no-load-optim has no effect without --load"),
     ],
 )

@@ -32,6 +32,8 @@ SAME = {
     "zero 1, dp 2": (2, "--zero-stage 1 --sat-statistics lagged"),
     "zero 2, dp 2, frozen": (2, "--zero-stage 2 --sat-omitted-neurons frozen"),
     "zero 3, dp 2": (2, "--zero-stage 3 --sat-statistics lagged"),
+    "zero 2, dp 2, written in the background": (2, "--zero-stage 2 --async-save"),
+    "zero 3, dp 2, written in the background": (2, "--zero-stage 3 --async-save"),
     "zero 1, dp 2, bf16": (2, "--zero-stage 1 --bf16"),
     "zero 2, dp 2, bf16": (2, "--zero-stage 2 --bf16"),
     "zero 3, dp 2, bf16": (2, "--zero-stage 3 --bf16"),

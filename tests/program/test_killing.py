@@ -19,8 +19,8 @@ PATIENCE = 120.0
 """Seconds for anything that must happen, on a busy machine."""
 
 
-def command(text: Text, folder: Path, *, steps: int) -> list[str]:
-    flags = f"{RUN} --train-iters {steps} --eval-interval 8 --save-keep-last 2 --save {folder} --load {folder}"
+def command(text: Text, folder: Path, *, steps: int, more: str = "") -> list[str]:
+    flags = f"{RUN} --train-iters {steps} --eval-interval 8 --save-keep-last 2 --save {folder} --load {folder} {more}"
     return text.command(flags)
 
 
@@ -61,15 +61,18 @@ def kill_once(argv: list[str], folder: Path, chance: random.Random) -> bool:
     return codes != [0, 0]
 
 
-def check_killed(text: Text, folder: Path, *, kills: int, steps: int, seed: int) -> dict[str, bytes]:
-    """So many kills, in as many runs as they need; each run ends as the undisturbed one, which is returned."""
+def check_killed(text: Text, folder: Path, *, kills: int, steps: int, seed: int, more: str = "") -> dict[str, bytes]:
+    """So many kills, in as many runs as they need; each run ends as the undisturbed one, which is returned.
+
+    more: flags of the runs that are killed, under which they should end all the same.
+    """
     expected = undisturbed(text, folder / "undisturbed", steps=steps)
     losses = [line["loss"] for line in read_records(folder / "undisturbed" / "metrics.jsonl")]
     chance, done, run = random.Random(seed), 0, 0
     while done < kills:
         run += 1
         at = folder / f"run{run}"
-        argv = command(text, at, steps=steps)
+        argv = command(text, at, steps=steps, more=more)
         while done < kills and kill_once(argv, at, chance):
             done += 1
         with job(main, argv, ranks=2) as running:
