@@ -41,10 +41,10 @@ from megatron_sat.compare.stages import Runner
 from megatron_sat.compare.study import Study, figure_names, group_names
 from megatron_sat.compare.summary import (
     cell,
+    how_timed,
     in_short,
     language_figures,
     settings_of,
-    side_by_side,
     warnings,
     write_summary,
 )
@@ -125,7 +125,7 @@ def _conclude(study: Study, out: Path, *, verdicts: Sequence[Verdict]) -> None:
     figures = [*language_figures(study), "steps", "seconds", "flops"]
     rows = [[group, *(cell(found[name], digits=3) for name in figures)] for group, found in study.figures.items()]
     log.table(study.experiment.name, ["", *figures], rows)
-    for sentence in [*warnings(study), *side_by_side(study), *in_short(study)]:
+    for sentence in [*warnings(study), *how_timed(study), *in_short(study)]:
         log.say(f"- {sentence}")
     for verdict in verdicts:
         log.say(f"required: {verdict}")

@@ -20,6 +20,7 @@ from megatron_sat.compare.experiment import CONTROLS, DENSE, EQUAL_TIME, PROGRAM
 from megatron_sat.compare.lab import Lab, Planned, at_rate_zero
 from megatron_sat.compare.measured import read_measured
 from megatron_sat.compare.runs import Run, read_run, steps_that_fit
+from megatron_sat.compare.settled import settled
 from megatron_sat.compare.stages import Place, Runner, Stage
 from megatron_sat.compare.study import Group, Study, Trial, group_of_rate_zero
 from megatron_sat.data.side_file import CONVERSATIONS, read_side_file
@@ -190,7 +191,8 @@ class Conduct:
         self.runner.run_in(stages, places=self.places)
 
     def _group(self, name: str, stages: Mapping[int, Stage]) -> Group:
-        trials = {seed: _trial(stage, name=name) for seed, stage in stages.items()}
+        short = self.lab.experiment.time == "settled"
+        trials = {seed: _trial(stage, name=name, short=short) for seed, stage in stages.items()}
         return Group(name=name, trials=trials)
 
     def _differences(self, dense: Mapping[int, Stage], zero: Mapping[int, Stage]) -> dict[int, str | None]:
@@ -218,10 +220,10 @@ def _of(stages: Mapping[int, Stage], seed: int) -> list[Stage]:
     return [stages[seed]] if seed in stages else []
 
 
-def _trial(stage: Stage, *, name: str) -> Trial:
-    measured = read_measured(stage.folder)
+def _trial(stage: Stage, *, name: str, short: bool) -> Trial:
+    measured, run = read_measured(stage.folder), read_run(stage.folder, name=name)
     return Trial(
-        run=read_run(stage.folder, name=name),
+        run=settled(run) if short else run,
         peak_memory_bytes=measured.peak_memory_bytes,
         commits=measured.commits,
         at_once=stage.at_once,

@@ -20,8 +20,10 @@ _PARTS = {
     "": ("name", "program", "model", "data", "budget", "training", "seeds", "variants"),
     "model": ("fresh", "checkpoint", "hf", "tokenizer"),
     "data": ("train", "replay", "valid", "new", "old", "template"),
-    "budget": ("steps", "ranks"),
+    "budget": ("steps", "ranks", "time"),
 }
+TIMES = ("all", "settled")
+"""All of a run's time; or without what the first steps of each rate took longer."""
 _HARNESS = (
     *("train_iters", "train_samples", "train_epochs", "seed", "load", "save", "finetune", "log_jsonl", "data_path"),
     *("train_data_path", "valid_data_path", "test_data_path", "replay_data_path", "data_cache_path", "exit_interval"),
@@ -68,6 +70,8 @@ class Experiment:
     """Updates of every run but the equal-time controls."""
     ranks: int
     """Processes of a run."""
+    time: str
+    """One of TIMES."""
     training: Mapping[str, Any]
     """Settings of every run, by key."""
     seeds: tuple[int, ...]
@@ -124,6 +128,7 @@ def experiment_from(given: Mapping[str, Any], *, folder: Path, name: str) -> Exp
         template=str(data.get("template", "tokenizer")),
         steps=_count(budget, "steps"),
         ranks=_count({"ranks": 1, **budget}, "ranks"),
+        time=budget.get("time", TIMES[0]),
         training=_settings(_part(given, "training", known=False)),
         seeds=tuple(seeds) if isinstance(seeds, list) else (seeds,),
         variants={str(variant): _settings(settings or {}) for variant, settings in variants.items()},
@@ -202,6 +207,8 @@ def _domains(data: Mapping[str, Any], key: str, *, folder: Path) -> dict[str, tu
 def _check(experiment: Experiment, *, fine_tuning_only: Sequence[str]) -> None:
     if experiment.program not in PROGRAMS:
         raise ValueError(f"program must be {' or '.join(PROGRAMS)}, got {experiment.program!r}; choose one")
+    if experiment.time not in TIMES:
+        raise ValueError(f"budget: time must be {' or '.join(TIMES)}, got {experiment.time!r}; choose one")
     if fine_tuning_only and experiment.program != PROGRAMS[1]:
         raise ValueError(f"data: {fine_tuning_only[0]} has no effect with {experiment.program}; leave it out")
     _check_seeds(experiment.seeds)

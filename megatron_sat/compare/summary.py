@@ -43,7 +43,7 @@ def write_summary(
     draw_progress(study, folder / PROGRESS)
     title = f"{study.experiment.name}: variants beside dense training"
     blocks = [
-        Bullets(items=[*warnings(study), *side_by_side(study), *in_short(study)]),
+        Bullets(items=[*warnings(study), *how_timed(study), *in_short(study)]),
         *_required(verdicts),
         Heading(text="Quality"),
         Picture(path=folder / PROGRESS, says="Validation loss over training time and over operations"),
@@ -91,13 +91,16 @@ def warnings(study: Study) -> list[str]:
     return said
 
 
-def side_by_side(study: Study) -> list[str]:
-    """How runs stood beside each other, where each had a GPU of its own; nothing where each was alone."""
-    if study.shared or study.at_once == (1,):
-        return []
-    counts = ["alone" if number == 1 else f"{number} side by side" for number in study.at_once]
-    uneven = "" if len(counts) == 1 else "; cores, disk and bus were not shared by equally many"
-    return [f"Runs: one per GPU, {' or '.join(counts)}{uneven}."]
+def how_timed(study: Study) -> list[str]:
+    """How runs stood beside each other, where each had a GPU of its own, and which of their seconds count."""
+    said = []
+    if not study.shared and study.at_once != (1,):
+        counts = ["alone" if number == 1 else f"{number} side by side" for number in study.at_once]
+        uneven = "" if len(counts) == 1 else "; cores, disk and bus were not shared by equally many"
+        said.append(f"Runs: one per GPU, {' or '.join(counts)}{uneven}.")
+    if study.experiment.time == "settled":
+        said.append("Times are settled: of each rate's first records, only what the others of that rate took counts.")
+    return said
 
 
 def in_short(study: Study) -> list[str]:

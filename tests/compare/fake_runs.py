@@ -1,8 +1,9 @@
 """Stands where a comparison's interpreter stands: leaves what each command would leave, at once, and counts its calls.
 
 It runs by itself in a bare interpreter and imports nothing of the project. FAIL names a piece of a call that fails.
-Dense steps take a second, sparse ones PACE. A run's loss follows from its settings and its seed alone. In the folder
-DEVICES a training run holds its device for a moment, and fails where another one has it; it leaves there how it ran.
+Dense steps take a second, sparse ones PACE, and BEGINS once before them. A run's loss follows from its settings and its
+seed alone. In the folder DEVICES a training run holds its device for a moment, and fails where another one has it; it
+leaves there how it ran.
 """
 
 import json
@@ -62,10 +63,13 @@ def train() -> str:
     pace = float(os.environ.get("PACE", "0.5")) if sparse else 1.0
     folder = Path(value("--into"))
     loss = {pair.split("=")[0]: 9 - steps / 100 + seed / 10 + sparse for pair in values("--valid-data-path")}
-    shared = {"step": steps, "elapsed_seconds": steps * pace, "loss": 2.0}
+    begun = float(os.environ.get("BEGINS", "0")) if sparse else 0.0
+    shared = {"step": steps, "elapsed_seconds": begun + steps * pace, "loss": 2.0}
     flops = {"executed_flops": 1e9 * pace * steps, "consumed_tokens": 100 * steps}
     rates = {"nominal_omission_rate": 0.0, "omission_rate": {}}
-    lines = [{"kind": "train", **shared, **flops, **rates}, {"kind": "validation", **shared, "loss": loss}]
+    half = {"step": steps // 2, "elapsed_seconds": begun + steps // 2 * pace}
+    lines = [{"kind": "train", **shared, **flops, **rates, **half}] if steps > 1 else []
+    lines += [{"kind": "train", **shared, **flops, **rates}, {"kind": "validation", **shared, "loss": loss}]
     write(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     write(folder / "latest_checkpointed_iteration.txt", str(steps))
     write(folder / "plan.json", json.dumps({"epochs": {"zh": 0.25}}))
@@ -76,7 +80,7 @@ def train() -> str:
 
 
 def same() -> str:
-    one, other = (json.loads((Path(p) / "metrics.jsonl").read_text().splitlines()[1]) for p in ARGV[2:4])
+    one, other = (json.loads((Path(p) / "metrics.jsonl").read_text().splitlines()[-1]) for p in ARGV[2:4])
     equal = one["loss"] == other["loss"] and not os.environ.get("BROKEN")
     write(Path(value("--output")), json.dumps({"difference": None if equal else "loss of step 1"}))
     return f"same {Path(value('--output')).parent.name}"

@@ -39,6 +39,13 @@ def test_runs_come_seed_by_seed_and_the_control_fills_the_variants_time(lab: Lab
     assert list(study.groups) == ["dense", "sat", "sat_rate_0", "dense_20_steps"]
 
 
+@pytest.mark.parametrize(("time", "steps", "seconds"), [("all", 30, 30.0), ("settled", 20, 20.0)])
+def test_what_a_variants_first_steps_take_longer_counts_or_not(lab: Lab, time: str, steps: int, seconds: float) -> None:
+    study, _ = made(other_lab(lab, budget={"steps": 40, "time": time}), BEGINS="10")
+    assert study.equal_time == {"sat": f"dense_{steps}_steps"}
+    assert study.figures["sat"]["seconds"].mean == pytest.approx(seconds)
+
+
 def test_what_is_done_is_kept(lab: Lab) -> None:
     first, _ = made(lab)
     again, calls = made(other_lab(lab))

@@ -15,10 +15,10 @@ from megatron_sat.compare.requirement import Verdict
 from megatron_sat.compare.study import Group, Spread, Study
 from megatron_sat.compare.summary import (
     cell,
+    how_timed,
     in_short,
     language_figures,
     settings_of,
-    side_by_side,
     warnings,
     write_summary,
 )
@@ -112,15 +112,23 @@ def test_runs_that_had_a_gpu_each_are_said_to_have_stood_side_by_side(
     counts: Sequence[tuple[int, ...]], says: str, tmp_path: Path
 ) -> None:
     made = _at_once(study(tmp_path), *counts)
-    assert side_by_side(made) == [says]
+    assert how_timed(made) == [says]
     write_summary(made, tmp_path, told=TOLD, settings={})
     assert (tmp_path / "report.md").read_text().splitlines()[2] == f"- {says}"
     assert json.loads((tmp_path / "report.json").read_text())["runs_at_once"] == sorted({n for c in counts for n in c})
 
 
 def test_nothing_is_said_of_runs_that_were_alone_or_whose_times_mean_nothing(tmp_path: Path) -> None:
-    assert side_by_side(study(tmp_path)) == []
-    assert side_by_side(replace(_at_once(study(tmp_path), (4,), (4,)), shared=True)) == []
+    assert how_timed(study(tmp_path)) == []
+    assert how_timed(replace(_at_once(study(tmp_path), (4,), (4,)), shared=True)) == []
+
+
+def test_settled_times_are_said_to_be(tmp_path: Path) -> None:
+    made = study(tmp_path)
+    made = replace(made, experiment=replace(made.experiment, time="settled"))
+    assert how_timed(made) == [
+        "Times are settled: of each rate's first records, only what the others of that rate took counts."
+    ]
 
 
 def test_rate_zero_may_differ_where_more_than_the_method_is_set(tmp_path: Path) -> None:
