@@ -17,11 +17,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sat import faults, log
 from megatron_sat.baselines.course import Course, NoCourse, after_reduction
+from megatron_sat.baselines.est import Est
 from megatron_sat.baselines.masked_spdf import MaskedSpdf
 from megatron_sat.baselines.masks import Masks
 from megatron_sat.baselines.matrices import find_matrices
 from megatron_sat.baselines.mst import MaskedMst, attentions_of
-from megatron_sat.baselines.settings import SpdfConfig
+from megatron_sat.baselines.settings import EstConfig, MstConfig, SpdfConfig
 from megatron_sat.config import Config
 from megatron_sat.counting import Counted, count_mst, count_spdf
 from megatron_sat.data.blend import Datasets, build_datasets
@@ -40,7 +41,7 @@ from megatron_sat.layers.packed import leave_padding_out
 from megatron_sat.layers.recording import GpuRecorder, RerunRecorder
 from megatron_sat.model.builder import build_chunks, embedding_of
 from megatron_sat.model.flops import KeptShape, ModelShape, Recompute, choice_flops, kept_shape, shape_of
-from megatron_sat.plan import Plan, build_plan
+from megatron_sat.plan import PassedBy, Plan, build_plan
 from megatron_sat.shards import whole_shape, whole_weight
 from megatron_sat.sparsity.controller import Controller, sparse_modules
 from megatron_sat.sparsity.schedule import build_schedule
@@ -69,7 +70,7 @@ class Run:
     new_rows: NewRows | None = None
     """What alone is trained; None: everything."""
     course: Course = field(default_factory=NoCourse)
-    """A baseline by masks at work."""
+    """A baseline at work beside the selectors."""
 
 
 def build_run(config: Config) -> Run:
@@ -139,7 +140,7 @@ def build_run(config: Config) -> Run:
         plan=plan_of(config, shape=shape, epochs=datasets.epochs),
         grain=_grain(config),
         new_rows=rows,
-        course=_course(config, engine=engine, layout=layout),
+        course=_course(config, engine=engine, layout=layout, controller=controller),
     )
 
 
@@ -180,10 +181,12 @@ def _new_rows(
     )
 
 
-def _course(config: Config, *, engine: Engine, layout: Layout) -> Course:
-    """The baseline by masks that the configuration names, tied into the engine's step."""
+def _course(config: Config, *, engine: Engine, layout: Layout, controller: Controller) -> Course:
+    """The baseline that the configuration names, tied into the engine's step, or into the selectors'."""
     if config.baseline is None:
         return NoCourse()
+    if isinstance(config.baseline, EstConfig):
+        return Est(controller.selectors, config=config.baseline, num_layers=config.transformer["num_layers"])
     assert isinstance(engine, MegatronEngine), "the flags refuse it on another engine"
     masks = Masks(find_matrices(engine.chunks, group=layout.tp_group))
     if isinstance(config.baseline, SpdfConfig):
@@ -293,6 +296,7 @@ def plan_of(config: Config, *, shape: ModelShape, epochs: Mapping[str, float]) -
         modules=selection.modules,
         whole_layers=selection.whole_layers(shape.num_layers),
         omit=selection.omit,
+        passed_by=_passed_by(config),
         tokens_per_step=training.global_batch_size * config.model.seq_length,
         recompute=recompute_of(config),
         choice_flops=choosing // selection.selection_interval,
@@ -301,9 +305,17 @@ def plan_of(config: Config, *, shape: ModelShape, epochs: Mapping[str, float]) -
     )
 
 
+def _passed_by(config: Config) -> PassedBy | None:
+    """The layers that a step leaves out; None: never any."""
+    baseline, layers = config.baseline, config.transformer["num_layers"]
+    if not isinstance(baseline, EstConfig) or baseline.kept(layers, step=1) == layers:
+        return None
+    return PassedBy(layers=layers - baseline.kept(layers, step=1), until=baseline.layers_until)
+
+
 def _counted(config: Config, *, shape: ModelShape) -> Counted | None:
     training = config.training
-    if config.baseline is None:
+    if not isinstance(config.baseline, SpdfConfig | MstConfig):
         return None
     tokens = training.global_batch_size * config.model.seq_length
     if isinstance(config.baseline, SpdfConfig):

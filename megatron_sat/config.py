@@ -17,7 +17,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.init import xavier_uniform_
 
-from megatron_sat.baselines.settings import MstConfig, SpdfConfig
+from megatron_sat.baselines.settings import EstConfig, MstConfig, SpdfConfig
 from megatron_sat.data.blend import DataConfig
 from megatron_sat.data.sft import SFTConfig
 from megatron_sat.engines.optim import LearningRateConfig
@@ -118,8 +118,8 @@ class Config:
     """optimizer: momentum and decay go on moving them; frozen: nothing does (eq. 2)."""
     sparse_reduce: bool
     """Replicas send each other the gradients of kept rows and columns alone."""
-    baseline: SpdfConfig | MstConfig | None
-    """A method that leaves out single weights by masks; None: no such one."""
+    baseline: SpdfConfig | MstConfig | EstConfig | None
+    """A method that leaves out single weights by masks, or layers; None: no such one."""
     settings: dict[str, Any]
     """What all of this came from, by key, in plain form: what is printed and saved with the run."""
     remarks: tuple[str, ...] = field(default=(), compare=False)

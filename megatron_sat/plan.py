@@ -6,8 +6,8 @@ on the time saved is of operations alone: a run stays behind it, as far as a spa
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -24,6 +24,16 @@ _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
 @dataclass(frozen=True, kw_only=True)
+class PassedBy:
+    """Layers that take no part in the first steps."""
+
+    layers: int
+    """How many, at least 1."""
+    until: int
+    """The last of these steps, at least 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlannedRung:
     """A rung and what it comes to on this model with these quotas."""
 
@@ -31,9 +41,9 @@ class PlannedRung:
     kept: KeptShape
     """What each layer computes, over all ranks."""
     heads_omitted: Fraction
-    """Effective omission rate of the query heads."""
+    """Effective omission rate of the query heads, those of layers that are left out among them."""
     channels_omitted: Fraction
-    """Effective omission rate of the channels."""
+    """The same of the channels."""
     step_flops: int
     """Executed operations of a step's forward and backward, over all ranks."""
     choice_flops: int
@@ -52,6 +62,7 @@ class Plan:
     rungs: tuple[PlannedRung, ...]
     whole: KeptShape
     """What a dense layer computes."""
+    num_layers: int
     dense_step_flops: int
     """Operations of a dense step of the same run, recomputation included."""
     tokens_per_step: int
@@ -148,6 +159,7 @@ class Plan:
         share = f"{self.flops / self.dense_flops:.3f}"
         whole = max(planned.kept.whole_layers for planned in self.rungs)
         ends = [f"{whole // 2} layers at each end omit nothing; the table is of those between them"] if whole else []
+        ends += self._without_layers()
         bound, speed = f"{self.time_saving_bound:.1%}", f"{self.dense_flops / self.flops:.2f}x"
         return [
             *ends,
@@ -155,6 +167,14 @@ class Plan:
             f"executed {executed} of {dense} dense: {share}; choosing neurons is {part} of it",
             f"time saved over a dense run: at most {bound} ({speed}), if a sparse step is as efficient",
         ]
+
+    def _without_layers(self) -> list[str]:
+        some = [planned for planned in self.rungs if planned.kept.layers_left_out]
+        if not some:
+            return []
+        layers = f"{some[0].kept.layers_left_out} of {self.num_layers} layers, others in each"
+        steps = f"{some[0].rung.first}-{some[-1].rung.last}"
+        return [f"steps {steps} leave out {layers}; heads and channels are of the rest"]
 
     def as_dict(self) -> dict[str, Any]:
         """The plan for machines: plain numbers and strings, for JSON; ``rate_exact`` is a fraction."""
@@ -184,6 +204,7 @@ def build_plan(
     modules: str = "all",
     whole_layers: int = 0,
     omit: str = "both",
+    passed_by: PassedBy | None = None,
     tokens_per_step: int,
     recompute: Recompute,
     choice_flops: int,
@@ -194,12 +215,12 @@ def build_plan(
 
     choice_flops: operations that choosing costs a step (`flops.choice_flops` over the interval); one that
     keeps everything spends none. epochs: by domain, passes over it in the whole run. recompute: it counts in
-    the dense run too. counted: of a baseline by masks. Raises ValueError where the selection groups do not fit
-    the model.
+    the dense run too. counted: of a baseline by masks. passed_by: layers that take no part. Raises ValueError where
+    the selection groups do not fit the model.
     """
-    dense = whole(shape)
+    dense, number = whole(shape), shape.num_layers
 
-    def planned(rung: Rung) -> PlannedRung:
+    def planned(rung: Rung, left_out: int) -> PlannedRung:
         kept = kept_shape(
             shape,
             rung.rate,
@@ -210,21 +231,23 @@ def build_plan(
             whole_layers=whole_layers,
             omit=omit,
         )
-        sparse = 1 - Fraction(kept.whole_layers, shape.num_layers)
+        kept = replace(kept, layers_left_out=left_out)
+        sparse = 1 - Fraction(kept.whole_layers + left_out, number)
         return PlannedRung(
             rung=rung,
             kept=kept,
-            heads_omitted=sparse * (1 - Fraction(kept.heads, dense.heads)),
-            channels_omitted=sparse * (1 - Fraction(kept.channels, dense.channels)),
+            heads_omitted=Fraction(left_out, number) + sparse * (1 - Fraction(kept.heads, dense.heads)),
+            channels_omitted=Fraction(left_out, number) + sparse * (1 - Fraction(kept.channels, dense.channels)),
             step_flops=step_flops(shape, kept, tokens=tokens_per_step, recompute=recompute),
             choice_flops=0 if kept == dense else choice_flops,
         )
 
-    rungs = tuple(planned(rung) for rung in schedule.rungs())
+    rungs = tuple(planned(rung, left_out) for rung, left_out in _by_layers(schedule.rungs(), passed_by=passed_by))
     quotas = quotas_of(shape, selection_groups=selection_groups, channel_multiple=channel_multiple, gqa=gqa)
     return Plan(
         rungs=rungs,
         whole=dense,
+        num_layers=number,
         dense_step_flops=step_flops(shape, dense, tokens=tokens_per_step, recompute=recompute),
         tokens_per_step=tokens_per_step,
         epochs=epochs,
@@ -234,9 +257,25 @@ def build_plan(
             warning
             for quota, other in zip(quotas, ("mlp", "attention"), strict=True)
             if modules != other
-            for warning in quota_warnings(quota, [(each.rung.rate, each.kept) for each in rungs], many=MAX_ROWS)
+            for warning in quota_warnings(quota, _rates(rungs), many=MAX_ROWS)
         ),
     )
+
+
+def _by_layers(rungs: Sequence[Rung], *, passed_by: PassedBy | None) -> Iterator[tuple[Rung, int]]:
+    """The rungs, cut where layers come back, and how many layers each leaves out."""
+    last = 0 if passed_by is None else passed_by.until
+    for rung in rungs:
+        if rung.first <= last and passed_by is not None:
+            yield replace(rung, last=min(rung.last, last)), passed_by.layers
+        if rung.last > last:
+            yield replace(rung, first=max(rung.first, last + 1)), 0
+
+
+def _rates(rungs: Sequence[PlannedRung]) -> list[tuple[Fraction, KeptShape]]:
+    """Each rate once that follows another, and what it keeps."""
+    following = zip([None, *rungs], rungs, strict=False)
+    return [(r.rung.rate, r.kept) for before, r in following if before is None or before.rung.rate != r.rung.rate]
 
 
 def show(plan: Plan) -> None:
@@ -269,6 +308,7 @@ def _rung_as_dict(planned: PlannedRung, *, dense: int) -> dict[str, Any]:
         "query_groups_kept": planned.kept.groups,
         "channels_kept": planned.kept.channels,
         "channels_omitted": float(planned.channels_omitted),
+        "layers_left_out": planned.kept.layers_left_out,
         "step_flops": planned.step_flops,
         "choice_flops": planned.choice_flops,
         "share_of_dense": planned.flops / dense,

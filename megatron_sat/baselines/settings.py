@@ -1,10 +1,11 @@
-"""What the baselines that train by masks are told, with their sources' defaults where these give one."""
+"""What the baselines beside SAT's own layers are told, with their sources' defaults where these give one."""
 
 from dataclasses import dataclass
 from fractions import Fraction
 
 from megatron_sat.sparsity.growing import Growing
 from megatron_sat.sparsity.schedule import ScheduleConfig
+from megatron_sat.sparsity.selection import keep_count
 
 SPDF_MASKS = ("magnitude", "random")
 
@@ -29,6 +30,28 @@ class SpdfConfig:
             raise ValueError(f"--spdf-until must be at least 1, got {self.until}; --baseline none trains densely")
         if self.mask not in SPDF_MASKS:
             raise ValueError(f"--spdf-mask must be one of {', '.join(SPDF_MASKS)}, got {self.mask!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstConfig:
+    """The layers that EST leaves out; heads and channels are a schedule and a selection. Fields: flags ``--est-*``."""
+
+    layer_rate: Fraction
+    """The share of the layers that a step leaves out, in [0, 1)."""
+    layers_until: int
+    """The last step that leaves layers out, at least 0."""
+    seed: int
+    """Of which layers."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.layer_rate < 1:
+            raise ValueError(f"--est-layer-rate must be in [0, 1), got {self.layer_rate}; 0.5 is every second layer")
+        if self.layers_until < 0:
+            raise ValueError(f"--est-layers-until must be at least 0, got {self.layers_until}; 0 leaves none out")
+
+    def kept(self, num_layers: int, *, step: int) -> int:
+        """How many of the model's layers take part in ``step``."""
+        return num_layers if step > self.layers_until else keep_count(num_layers, self.layer_rate)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -217,6 +217,11 @@ def spread_of(config: Config, *, cluster: Cluster, links: Links) -> Spread:
             f"--sat-omit must be both for a prediction, got {config.selection.omit}: what such a step costs was never "
             "measured; predict without it"
         )
+    if settings.get("baseline") == "est":
+        raise ValueError(
+            "--baseline must not be est for a prediction: layers that are left out differ from step to step and from "
+            "stage to stage, what they save was never measured; predict another run"
+        )
     model = parallel.tensor * parallel.pipeline
     scattered = parallel.data > 1 and cluster.world_size > cluster.per_host
     if scattered and links.across is None:

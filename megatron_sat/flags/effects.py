@@ -43,7 +43,7 @@ def against_layer_graphs(settings: Settings) -> list[str]:
     found = [key for key in sizes if settings[key] > 1]
     found += [key for key in ("hidden_dropout", "attention_dropout") if settings[key] > 0]
     found += [key for key in (*others, "sft") if settings[key]]
-    found += ["baseline"] if settings["baseline"] == "mst" else []  # its attention changes with the phase
+    found += ["baseline"] if settings["baseline"] in ("mst", "est") else []  # attention, or layers, change
     return found if settings["gradient_accumulation_fusion"] else [*found, "gradient_accumulation_fusion"]
 
 
@@ -72,6 +72,11 @@ METHOD: tuple[Rule, ...] = (
         keys="sat_temperature",
         idle=lambda s: s["sat_selection"] == "mixed-growing",
         beside="with --baseline mst-structured, which draws evenly",
+    ),
+    Rule(
+        keys="sat_temperature",
+        idle=lambda s: s["baseline"] == "est",
+        beside="with --baseline est, which draws evenly",
     ),
     Rule(
         keys="sat_swiglu_score",
@@ -139,12 +144,21 @@ METHOD: tuple[Rule, ...] = (
         idle=lambda s: s["baseline"] == "mst-structured",
         beside="with --baseline mst-structured, whose attention is dense",
     ),
+    Rule(keys="est_*", idle=lambda s: s["baseline"] != "est", beside="without --baseline est"),
+    Rule(
+        keys="est_layer_rate",
+        idle=lambda s: s["est_layers_until"] == 0,
+        beside="with --est-layers-until 0, which leaves no layer out",
+    ),
     Rule(keys="preflight_timeout", idle=lambda s: s["preflight"] is False, beside="with --no-preflight"),
     Rule(keys="max_bad_steps", idle=lambda s: s["on_bad_step"] == "stop", beside="with --on-bad-step stop"),
     Rule(
         keys="layer_graphs",
         idle=lambda s: s["layer_graphs"] and bool(against_layer_graphs(s)),
-        beside="with model parallelism, recomputation, dropout, biases, --overlap-param-gather, --sft, --baseline mst",
+        beside=(
+            "with model parallelism, recomputation, dropout, biases, --overlap-param-gather, --sft, --baseline mst, "
+            "--baseline est"
+        ),
     ),
 )
 """The method's settings, and this program's own."""

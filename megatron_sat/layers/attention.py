@@ -30,7 +30,7 @@ class SparseSelfAttention(SparsePair, SelfAttention):
             return SelfAttention.forward(self, hidden_states, *args, **kwargs)
 
         kept = self.choose(hidden_states, forward)
-        return self.completed(self.scaled(forward(), kept), kept, forward)
+        return self.completed(self.scaled(forward()), kept, forward)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """As Megatron's, which cuts the fused projection by the module's two counts of heads."""

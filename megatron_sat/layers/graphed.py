@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron_sat.layers.choosing import RecordedChoice
+from megatron_sat.layers.passable import PassableLayer
 from megatron_sat.layers.recording import Recorder, Recording, fill
 from megatron_sat.layers.sparse import SparsePair
 
@@ -132,7 +132,7 @@ def _same(kept: Mapping[str, Any], bound: Mapping[str, Any]) -> bool:
     return kept.keys() == bound.keys() and all(bound[name] is kept[name] for name in bound)
 
 
-class GraphedLayer(TransformerLayer):
+class GraphedLayer(PassableLayer):
     """Megatron's layer; with halves that were given a recorder, replayed where nothing but the numbers changed."""
 
     _halves: tuple[Half, Half] | None = None

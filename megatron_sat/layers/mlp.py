@@ -48,4 +48,4 @@ class SparseMLP(SparsePair, MLP):
             return MLP.forward(self, hidden_states, *args, **kwargs)
 
         kept = self.choose(hidden_states, forward)
-        return self.completed(self.scaled(forward(), kept), kept, forward)
+        return self.completed(self.scaled(forward()), kept, forward)

@@ -60,11 +60,12 @@ class SparsePair(Module):
         self._set(kept)
         return kept
 
-    def scaled(self, output: Output, kept: Kept | None) -> Output:
-        """The module's output [s, b, h] and bias, the output rescaled where the choice asks for it."""
-        if kept is None or self.selector is None or self.selector.output_scale == 1.0:
+    def scaled(self, output: Output) -> Output:
+        """The module's output [s, b, h] and bias, rescaled where choice or step ask for it; the bias by the step."""
+        if self.selector is None or self.selector.output_scale == 1.0:
             return output
-        return output[0] * self.selector.output_scale, output[1]
+        bias = None if output[1] is None else output[1] * self.selector.layer_scale
+        return output[0] * self.selector.output_scale, bias
 
     def completed(self, output: Output, kept: Kept | None, forward: Callable[[], Output]) -> Output:
         """The module's output [s, b, h] and bias; with what the omitted neurons add, where they take part in forwards.

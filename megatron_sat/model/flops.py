@@ -65,6 +65,8 @@ class KeptShape:
     """MLP channels."""
     whole_layers: int = 0
     """Layers beside these that compute everything."""
+    layers_left_out: int = 0
+    """Layers beside these that compute nothing."""
     omit: str = "both"
     """What is of these neurons alone, of `sparsity.settings.PASSES`: both passes, backwards, weight gradients."""
 
@@ -172,7 +174,8 @@ def step_flops(
     """
     logits = 2 * shape.hidden_size * shape.padded_vocab_size
     total = again = 0
-    for layers, each in ((shape.num_layers - kept.whole_layers, kept), (kept.whole_layers, whole(shape))):
+    sparse = shape.num_layers - kept.whole_layers - kept.layers_left_out
+    for layers, each in ((sparse, kept), (kept.whole_layers, whole(shape))):
         kept_parts, dense = (layer_forward_flops(shape, each_kept, causal=causal) for each_kept in (each, whole(shape)))
         parts = kept_parts if each.omit == "both" else dense
         to_inputs = dense if each.omit == "weight-gradient" else kept_parts

@@ -50,6 +50,10 @@ class Selector:
         self._take_noise: Take
         self.draw_with(Noise())
         self.packing: Packing | None = None
+        self.left_out = False
+        """Whether the module's layer takes no part at all in the step under way."""
+        self.layer_scale = 1.0
+        """What the step multiplies the module's output by for the layers that take no part."""
         self.counted: Counted | None = None
         """Of the forward under way; None: all tokens."""
         self._wanted: Key | None = None
@@ -101,7 +105,9 @@ class Selector:
     def count_visits(self) -> None:
         """Note in ``visits`` what the step under way kept."""
         self.visits = self.visits.to(self._weights.column().device)
-        if self.choice is not None:
+        if self.left_out:
+            pass
+        elif self.choice is not None:
             index = self.choice.index
             self.visits.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
         elif self.keeps_all:
@@ -111,6 +117,7 @@ class Selector:
     def end_step(self) -> None:
         """Leave the step: dense from here on."""
         self._wanted, self._measures, self.packing = None, False, None
+        self.left_out, self.layer_scale = False, 1.0
 
     def forget(self) -> None:
         """Drop choice and sums, which a step that is not to be trusted may have left: the next one chooses anew."""
@@ -220,10 +227,10 @@ class Selector:
 
     @property
     def output_scale(self) -> float:
-        """What the module's output is multiplied by: 1, or 1 / (share kept) with ``inverse-keep``."""
+        """What the module's output is multiplied by: `layer_scale`, and 1 / (share kept) with ``inverse-keep``."""
         if self.config.rescale == "none" or self.choice is None:
-            return 1.0
-        return float(1 / self.choice.keep_rate)
+            return self.layer_scale
+        return self.layer_scale * float(1 / self.choice.keep_rate)
 
     # -- state for a checkpoint: tensors of this shard; `sharded_state` names those that run along the units
 

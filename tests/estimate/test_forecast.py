@@ -145,6 +145,12 @@ def test_context_parallelism_is_not_predicted():
         predicted(f"{LADDER} --sat-omit backward")
 
 
+def test_layers_that_are_left_out_are_not_predicted():
+    with pytest.raises(ValueError, match="--baseline must not be est for a prediction: layers .* predict another run"):
+        config = run("--baseline est --est-layers-until 20 --est-until 60")
+        spread_of(config, cluster=Cluster(gpu="h100", world_size=1), links=LINKS)
+
+
 def test_deepspeed_is_not_predicted():
     with pytest.raises(ValueError, match="--engine must be megatron for a prediction, got deepspeed; predict"):
         predicted(f"{LADDER} --engine deepspeed", ranks=2)

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sat.baselines.settings import MstConfig, SpdfConfig
+from megatron_sat.baselines.settings import EstConfig, MstConfig, SpdfConfig
 from megatron_sat.cli import as_yaml, parse
 from megatron_sat.flags.baselines import check_baseline
 from megatron_sat.flags.defaults import Machine
 from megatron_sat.flags.flag import dashed
 from megatron_sat.sparsity.growing import Growing
+from megatron_sat.sparsity.schedule import build_schedule
 from tests.helpers.command_line import LADDER, refusal, run
 
 SPDF = "--baseline spdf --spdf-until 60"
@@ -113,6 +114,68 @@ def test_a_structured_mst_that_cannot_be_is_refused(capsys: pytest.CaptureFixtur
 def test_structured_mst_needs_a_choice_that_replicas_share(capsys: pytest.CaptureFixture[str]) -> None:
     said = refusal(capsys, f"{STRUCTURED} --mst-interval 1 --sat-dp-selection local", ranks=2)
     assert said.startswith("error: --baseline mst-structured needs --sat-dp-selection shared, got local: a checkpoint")
+
+
+EST = "--baseline est --est-layers-until 20 --est-until 60"
+
+
+def test_est_is_a_way_of_choosing_a_schedule_of_two_parts_and_layers() -> None:
+    config = run(f"{EST} --est-rate 1/4")
+    assert config.baseline == EstConfig(layer_rate=Fraction(1, 2), layers_until=20, seed=1234)
+    rungs = build_schedule(config.schedule).rungs()
+    assert [(r.first, r.last, r.rate) for r in rungs] == [(1, 60, Fraction(1, 4)), (61, 100, Fraction(0))]
+    selection = config.selection
+    assert (selection.importance, selection.selection, selection.rescale) == ("uniform", "sampling", "inverse-keep")
+    assert run(f"{EST} --sat-seed 5 --est-layer-rate 0.25").baseline == EstConfig(
+        layer_rate=Fraction(1, 4), layers_until=20, seed=5
+    )
+
+
+def test_a_resolved_configuration_of_est_is_the_same_run_again(tmp_path: Path) -> None:
+    for rate in ("1/2", "1/3"):
+        config = run(f"{EST} --est-rate {rate} --est-layer-rate {rate}")
+        file = tmp_path / "config.yaml"
+        file.write_text(as_yaml(config.settings))
+        assert parse(["--config", str(file)], world_size=1, cuda=False, machine=Machine(cuda=False)) == config
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--est-rate 0.25", "--est-rate has no effect without --baseline est; leave it out"),
+        ("--baseline est --est-until 5", "--baseline est needs --est-layers-until, which is not given; add it"),
+        ("--baseline est --est-layers-until 5", "--baseline est needs --est-until, which is not given; add it"),
+        (f"{EST} --est-rate 1", "--est-rate must be in [0, 1), got 1; it is the share left out"),
+        (f"{EST} --est-until 101", "--est-until (101) must be at most --train-iters (100); 100 never becomes dense"),
+        (f"{EST} --est-until 19", "--est-layers-until must be at most --est-until (19), got 20: the first stage comes"),
+        (f"{EST} --est-layers-until 0 --est-layer-rate 0.5", "--est-layer-rate has no effect with --est-layers"),
+        (f"{EST} {LADDER}", "--sat-rungs follows from --baseline est, which makes it 1, got 5; leave it out"),
+        (f"{EST} --sat-importance maxip", "--sat-importance follows from --baseline est, which makes it uniform, got"),
+        (f"{EST} --sat-rescale none", "--sat-rescale follows from --baseline est, which makes it inverse-keep, got"),
+        (f"{EST} --sat-temperature 1", "--sat-temperature has no effect with --baseline est, which draws evenly"),
+        (f"{EST} --layer-graphs", "--layer-graphs has no effect with model parallelism"),
+        (f"{EST} --sat-modules mlp", "--baseline est needs --sat-modules all, got mlp: it samples heads and channels"),
+        (f"{EST} --sat-whole-ends 1", "--baseline est needs no --sat-whole-ends, got it: it samples in all layers"),
+        (
+            f"{EST} --sat-omitted-neurons frozen",
+            "--baseline est needs --sat-omitted-neurons optimizer, got frozen: layers that are left out would be moved",
+        ),
+        (
+            f"{EST} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+            "--baseline est needs no --overlap-param-gather, got it: weights of layers that are left out would never",
+        ),
+        (f"{EST} --engine deepspeed", "--baseline est needs --engine megatron, got deepspeed: ZeRO waits for the"),
+    ],
+)
+def test_an_est_that_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], more: str, said: str) -> None:
+    assert refusal(capsys, more).startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize(("key", "value"), [("sat_omit", "backward"), ("cpu_offloading", True)])
+def test_settings_beside_which_layers_cannot_be_left_out_are_refused(key: str, value: object) -> None:
+    settings = {**run(EST).settings, "train_samples": None, key: value}
+    with pytest.raises(ValueError, match=rf"--baseline est needs (no )?{dashed(key)}.*, got (it|backward): it "):
+        check_baseline(settings)
 
 
 @pytest.mark.parametrize("key", ["optimizer_cpu_offload", "use_precision_aware_optimizer"])
