@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sat.layers.attach import attach_selectors
 from megatron_sat.model.flops import ModelShape, Recompute, choice_flops, kept_shape, step_flops, whole
-from megatron_sat.plan import MAX_ROWS, Plan, build_plan, show
+from megatron_sat.plan import MAX_ROWS, PassedBy, Plan, build_plan, show
 from megatron_sat.sparsity.controller import Controller, sparse_modules
 from megatron_sat.sparsity.schedule import Schedule, ScheduleConfig, build_schedule
 from megatron_sat.sparsity.selector import SelectionConfig
@@ -69,6 +69,34 @@ def test_totals_are_those_of_the_run_walked_step_by_step():
         "heads": float(heads / 3000),
         "channels": float(channels / 3000),
     }
+
+
+@pytest.mark.parametrize(("until", "cut"), [(3, (3, 6, 9)), (6, (6, 9)), (7, (6, 7, 9)), (9, (6, 9))])
+def test_layers_that_come_back_cut_a_rung(until: int, cut: tuple[int, ...]):
+    """A rate until step 6 of 9, and half of the layers out until another."""
+    schedule = schedule_of("ladder", Fraction(1, 2), start=6, rungs=1, train_iters=9)
+    plan = plan_of(schedule, passed_by=PassedBy(layers=16, until=until), choice_flops=0)
+    assert tuple(planned.rung.last for planned in plan.rungs) == cut
+    logits = step_flops(replace(LLAMA_7B, num_layers=1), whole(LLAMA_7B), tokens=TOKENS) * 2
+    logits -= step_flops(replace(LLAMA_7B, num_layers=2), whole(LLAMA_7B), tokens=TOKENS)
+    executed = 0
+    for step in range(1, 10):
+        kept = kept_shape(LLAMA_7B, schedule.rate(step), selection_groups=1, channel_multiple=1, gqa="group")
+        layers = step_flops(LLAMA_7B, kept, tokens=TOKENS) - logits
+        executed += layers // (2 if step <= until else 1) + logits
+        omitted = 1 - (1 - schedule.rate(step)) * (Fraction(1, 2) if step <= until else 1)
+        assert plan.at(step).heads_omitted == plan.at(step).channels_omitted == omitted
+    assert plan.flops == executed
+    assert [planned.kept.layers_left_out for planned in plan.rungs] == [16 * (last <= until) for last in cut]
+
+
+def test_what_the_page_on_baselines_says_of_ests_saving():
+    """Rates of a half, 2/15 of the steps without half of the layers, and 1/3 more: 26.7 % of the layers' operations."""
+    schedule = schedule_of("ladder", Fraction(1, 2), start=70, rungs=1, train_iters=150)
+    shape = replace(LLAMA_7B, padded_vocab_size=1)  # no logits to speak of
+    plan = plan_of(schedule, shape=shape, passed_by=PassedBy(layers=16, until=20), choice_flops=0)
+    assert plan.time_saving_bound == pytest.approx(0.267, abs=5e-4)
+    assert "steps 1-20 leave out 16 of 32 layers, others in each; heads and channels are of the rest" in plan.lines()
 
 
 def count_run(_: int, start: int, end: int) -> list[int]:

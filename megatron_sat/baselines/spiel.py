@@ -12,8 +12,8 @@ the active entries of W were. So a forward is the dense layer's and nothing is a
 lives until its entries are taken from it, one matrix at a time; what goes is restored bit for bit; and `merge` has
 nothing to do but to let go. In a checkpoint delta, indices, base and candidates stand beside the weights.
 
-Ours: a sample is the gradient of a step, where the authors take each micro-batch's; the entries at the start are one
-at random of each of k equal stretches of a matrix. Shapes: `k` active entries of a matrix of n, row by row.
+Ours: a sample is the gradient of a step, unclipped, where the authors take each micro-batch's; the entries at the start
+are one at random of each of k equal stretches of a matrix. Shapes: `k` active entries of a matrix of n, row by row.
 """
 
 from collections.abc import Sequence

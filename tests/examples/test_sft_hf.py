@@ -154,6 +154,13 @@ def test_spiel_under_deepspeed_is_an_error(place: Path) -> None:
         build_model(args, steps=20)
 
 
+def test_spiel_in_one_process_with_several_gpus_is_an_error(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    args = read_flags(flags(place, "spiel"))
+    with pytest.raises(ValueError, match="--method spiel needs a process for each GPU, this one has 2, .*-per-node 2,"):
+        build_model(args, steps=20)
+
+
 def test_only_responses_and_their_end_are_learnt(place: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
     template = build_template("tokenizer", tokenizer=tokenizer_of_folder(place / "model"))
