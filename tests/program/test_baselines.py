@@ -133,7 +133,7 @@ def rolled_back(_: int, argv: list[str]) -> bool:
     course: Any = session.run.course
     for matrix in course.masks.matrices:
         course.masks.set(matrix, torch.ones(matrix.shape, dtype=torch.bool))
-    session.newest = (session.newest[0], 4)  # type: ignore[index]
+    session.checkpoints.newest = (session.checkpoints.newest[0], 4)  # type: ignore[index]
     session._rolled_back()
     return all(int(course.masks.whole(m).sum()) * 2 == m.shape[0] * m.shape[1] for m in course.masks.matrices)
 
