@@ -58,7 +58,7 @@ def main(argv: Sequence[str], *, train: Train = run_program) -> None:
             runs[name] = train(line(steps, ladder.flags(steps)), log=folder / f"{name}.jsonl")
             row = compare(ladder, steps=steps, dense=dense, sparse=runs[name], shape=shape, config=config)
             found.append({"ladder": name, **row})
-            keep(found, runs, size=size, out=args.out)  # what is measured stays, whatever happens to the next one
+            keep(found, runs, size=size, args=args)  # what is measured stays, whatever happens to the next one
     report(found, size=size)
 
 
@@ -116,12 +116,14 @@ def report(found: list[dict[str, Any]], *, size: Size) -> None:
             log.say(f"{row['ladder']}: {remark}")
 
 
-def keep(found: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]], *, size: Size, out: Path | None) -> None:
+def keep(
+    found: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]], *, size: Size, args: argparse.Namespace
+) -> None:
     """Everything in the JSON file, and a picture of it."""
-    if out is not None:
-        write_json(out, {"size": vars(size), "rows": found, "runs": runs})
+    if args.out is not None:
+        write_json(args.out, {"size": vars(size), "flags": args.flags, "rows": found, "runs": runs})
         seconds = {name: [record["step_seconds"] for record in records] for name, records in runs.items()}
-        draw_ladder(seconds, out.with_suffix(".png"), title=str(size))
+        draw_ladder(seconds, args.out.with_suffix(".png"), title=str(size))
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ def report(rows: list[dict[str, Any]]) -> None:
 def keep(rows: list[dict[str, Any]], *, args: argparse.Namespace) -> None:
     """Everything in the JSON file, and a picture of it."""
     if args.out is not None:
-        write_json(args.out, {"sequence": args.seq_length, "rows": rows})
+        write_json(args.out, {"sequence": args.seq_length, "flags": args.flags, "rows": rows})
         draw_layers(rows, args.out.with_suffix(".png"), title=f"One layer on {device_name()}")
 
 

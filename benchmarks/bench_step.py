@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
         row["bound"] = dense["flops"] / row["flops"]
         row["executed_tflops"] /= world
     if first:
-        report(rows, size=size, out=args.out)
+        report(rows, size=size, args=args)
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -184,7 +184,7 @@ def timed(take: Callable[[int], object], *, steps: int, tokens: int, executed: i
     }
 
 
-def report(rows: list[dict[str, Any]], *, size: Size, out: Path | None) -> None:
+def report(rows: list[dict[str, Any]], *, size: Size, args: argparse.Namespace) -> None:
     """The table on the console; everything in the JSON file, and a picture of it."""
     columns = ("rate", "weights", "ms/step", "tokens/s", "TFLOP/s", "speed", "bound", "peak GiB")
     cells = [
@@ -201,9 +201,10 @@ def report(rows: list[dict[str, Any]], *, size: Size, out: Path | None) -> None:
         for row in rows
     ]
     log.table(str(size), columns, cells)
-    if out is not None:
-        write_json(out, {"size": vars(size), "rows": rows})
-        draw_step(rows, out.with_suffix(".png"), title=str(size))
+    if args.out is not None:
+        ran = {"size": vars(size), "tensor_parallel": args.tensor_parallel, "flags": args.flags}
+        write_json(args.out, {**ran, "rows": rows})
+        draw_step(rows, args.out.with_suffix(".png"), title=str(size))
 
 
 if __name__ == "__main__":

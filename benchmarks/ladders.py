@@ -13,13 +13,10 @@ from typing import Any, Protocol
 from benchmarks.program import ROOT
 from megatron_sat.build import kept_of, recompute_of
 from megatron_sat.config import Config
+from megatron_sat.estimate.accuracy import CHANGE, ENOUGH
 from megatron_sat.model.flops import ModelShape, step_flops
 from megatron_sat.sparsity.schedule import Rung, ScheduleConfig, build_schedule
 
-CHANGE = 2
-"""Steps of a rung, from its first, in which shapes are new: memory is found anew, kernels are chosen and compiled."""
-ENOUGH = 3
-"""Steps behind those from which a rung's steady seconds are the median."""
 Records = Sequence[dict[str, Any]]
 """Of a run's metrics, one a step."""
 

@@ -1,6 +1,7 @@
 """What the benchmarks run: the program at the widths of known models, on random ids, and where a result comes from."""
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -140,7 +141,8 @@ def device_name() -> str:
 
 def about() -> dict[str, str]:
     """Where a result comes from: command, commit, machine, versions."""
-    found = provenance(ROOT, command=" ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]))
+    words = ["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]
+    found = provenance(ROOT, command=shlex.join(words))
     return {"device": device_name(), **vars(found)}
 
 

@@ -144,9 +144,18 @@ def wanted_attention(shape: ModelShape, kept: Sequence[KeptShape], *, tokens: It
 
 
 def choosing_rows(layers: Sequence[dict[str, Any]]) -> list[Choosing]:
-    """Of `bench_layer`'s rows, what packed layers take once a step, with the host in the way as it is in a run."""
-    return [
-        Choosing(weights=row["entries"], kept=row["kept_entries"], seconds=max(row["step_seconds_launched"], 0.0))
-        for row in layers
-        if row["weights"] == "compact"
-    ]
+    """Of `bench_layer`'s rows, what packed layers take once a step, with the host in the way and without.
+
+    A row for each number of entries, from the smallest micro-batch: what is beyond the micro-batches is a difference,
+    and the longer these take, the more of it is noise. Noise below zero is zero.
+    """
+    found: dict[tuple[int, ...], Choosing] = {}
+    for row in sorted((row for row in layers if row["weights"] == "compact"), key=lambda row: row["tokens"]):
+        choosing = Choosing(
+            weights=row["entries"],
+            kept=row["kept_entries"],
+            seconds=max(row["step_seconds_launched"], 0.0),
+            device_seconds=max(row["step_seconds"], 0.0),
+        )
+        found.setdefault(choosing.sizes, choosing)
+    return list(found.values())

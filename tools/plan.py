@@ -7,8 +7,8 @@
 
 The model is that of a Hugging Face folder, of a run's YAML files, or of flags; the rest are pretrain_sat.py's own
 flags, and nothing need be said of what time does not depend on (text, learning rate). Times come from what one device
-was measured to do (benchmarks/results/gemm-*.json); --compare sets predictions beside a benchmark's result.
-docs/performance.md says what is added up.
+was measured to do (benchmarks/results/gemm-*.json); --compare sets predictions beside a benchmark's result, with the
+flags that it ran with, and those of this line after them. docs/performance.md says what is added up.
 """
 
 import argparse
@@ -31,8 +31,17 @@ from benchmarks.program import CONSTANT, ROOT, Size, flags
 from megatron_sat import cli, plan
 from megatron_sat.build import kept_of
 from megatron_sat.config import Config
-from megatron_sat.estimate.accuracy import Compared, compare_layers, compare_runs, compare_steps, kind_of
+from megatron_sat.estimate.accuracy import (
+    CHANGE,
+    ENOUGH,
+    Compared,
+    compare_layers,
+    compare_runs,
+    compare_steps,
+    kind_of,
+)
 from megatron_sat.estimate.asked import ask
+from megatron_sat.estimate.benched import Benched, read_benched
 from megatron_sat.estimate.forecast import Links, forecast, layer_of, spread_of, step_of
 from megatron_sat.estimate.hardware import Hardware, find, load
 from megatron_sat.model.flops import ModelShape
@@ -41,8 +50,6 @@ from megatron_sat.rehearsal.rehearse import model_shape, take, vocabulary_rows
 
 USAGE_ERROR = 2
 RESULTS = ROOT / "benchmarks" / "results"
-ONE = Links(inside=float("inf"), across=None)
-"""Of a benchmark, which runs on one device."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -96,21 +103,26 @@ def _predict(args: argparse.Namespace, rest: Sequence[str], *, hardware: Hardwar
 
 def _compare(args: argparse.Namespace, rest: Sequence[str], *, hardware: Hardware) -> None:
     measured = json.loads(args.compare.read_text())
-    device, kind = measured["about"]["device"], kind_of(measured)
-    if device != hardware.name:
+    kind, benched = kind_of(measured), read_benched(measured)
+    if benched.device != hardware.name:
         raise ValueError(
-            f"--compare ({device}) must come from the device of the table ({hardware.name}), it does not; "
+            f"--compare ({benched.device}) must come from the device of the table ({hardware.name}), it does not; "
             "choose another with --hardware"
         )
+    more = [*benched.flags, *rest]
     if kind == "layer":
-        rows = compare_layers(measured["rows"], predict=_layers(measured, rest, hardware=hardware))
+        rows = compare_layers(measured["rows"], predict=_layers(measured["sequence"], more, hardware=hardware))
     else:
-        config = _benched(Size(**measured["size"]), rest, hardware=hardware)
-        predict = _steps(config, hardware=hardware)
+        predict = _steps(Size(**measured["size"]), more, benched=benched, hardware=hardware)
         rows = (
             compare_steps(measured["rows"], predict=predict)
             if kind == "step"
             else compare_runs(measured["runs"], predict=predict)
+        )
+    if not rows:
+        raise ValueError(
+            f"--compare must hold steps that the program's default takes (packed weights; of a rung at least "
+            f"{CHANGE + ENOUGH}), {args.compare} has none; measure longer"
         )
     _show(rows, out=args.json)
 
@@ -118,21 +130,28 @@ def _compare(args: argparse.Namespace, rest: Sequence[str], *, hardware: Hardwar
 def _show(rows: Sequence[Compared], *, out: Path | None) -> None:
     cells = [(r.what, f"{1e3 * r.predicted:.2f}", f"{1e3 * r.measured:.2f}", f"{r.error:+.1%}") for r in rows]
     log.table("predicted and measured, ms", ("what", "predicted", "measured", "error"), cells)
+    for row in rows:
+        if row.beyond is not None:
+            log.say(f"{row.what}: first ones and changes of rung took {row.beyond:.2f} s more, which is not predicted")
     log.say(f"largest error {max(abs(row.error) for row in rows):.1%}")
     if out is not None:
         out.write_text(json.dumps([{**vars(row), "error": row.error} for row in rows], indent=1) + "\n")
 
 
-def _benched(size: Size, more: Sequence[str], *, hardware: Hardware) -> Config:
+def _ran(size: Size, more: Sequence[str], *, ranks: int, hardware: Hardware) -> Config:
     """The configuration that a benchmark of this size ran."""
     cuda = _is_gpu(hardware)
     line = flags(size, data="unsaid", cuda=cuda, steps=10**3, method=CONSTANT, more=" ".join(more))
-    return ask(line, hf=None, world_size=1, cuda=cuda, folder=Path())
+    return ask(line, hf=None, world_size=ranks, cuda=cuda, folder=Path())
 
 
-def _steps(config: Config, *, hardware: Hardware) -> Any:
+def _steps(size: Size, more: Sequence[str], *, benched: Benched, hardware: Hardware) -> Any:
+    ranks = size.replicas * benched.tensor
+    cluster = Cluster(gpu=benched.gpu(ranks=ranks), world_size=ranks, per_host=ranks)  # torchrun's, on one host
+    more = ["--tensor-model-parallel-size", str(benched.tensor), *more]
+    config = _ran(size, more, ranks=ranks, hardware=hardware)
     shape = _shape(config)
-    spread = spread_of(config, cluster=Cluster(gpu="h100", world_size=1), links=ONE)
+    spread = spread_of(config, cluster=cluster, links=Links(inside=cluster.kind.nvlink / 2, across=None))
 
     def predict(rate: Fraction) -> float:
         kept = kept_of(config, shape=shape, rate=rate)
@@ -142,11 +161,10 @@ def _steps(config: Config, *, hardware: Hardware) -> Any:
     return predict
 
 
-def _layers(measured: dict[str, Any], more: Sequence[str], *, hardware: Hardware) -> Any:
+def _layers(length: int, more: Sequence[str], *, hardware: Hardware) -> Any:
     def predict(model: str, tokens: int, rate: Fraction) -> float:
-        length = measured["sequence"]
         size = Size(model=model, layers=1, seq_length=length, micro_batch_size=tokens // length, micro_batches=1)
-        config = _benched(size, more, hardware=hardware)
+        config = _ran(size, more, ranks=1, hardware=hardware)
         return layer_of(config, shape=_shape(config), rate=rate, hardware=hardware)
 
     return predict

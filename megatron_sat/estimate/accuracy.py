@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
-SETTLED = 3
-"""Steps of one rate from which their median is compared; fewer are in the sum of the run alone."""
+CHANGE = 2
+"""Steps of a rung, from its first, in which shapes are new: memory is found anew, kernels are chosen and compiled."""
+ENOUGH = 3
+"""Steps behind those from which a rung's steady seconds are the median."""
 OURS = ("dense", "compact")
 """Rows of the program's default; gathered weights and plain PyTorch are not predicted."""
 StepSeconds = Callable[[Fraction], float]
@@ -27,6 +29,8 @@ class Compared:
     what: str
     predicted: float
     measured: float
+    beyond: float | None = None
+    """Of steps of a run: what they took beyond ``measured``, in first steps and changes of rung. Not predicted."""
 
     @property
     def error(self) -> float:
@@ -72,19 +76,31 @@ def compare_steps(rows: Iterable[Mapping[str, Any]], *, predict: StepSeconds) ->
 
 
 def compare_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, predict: StepSeconds) -> list[Compared]:
-    """Runs of bench_ladder: settled steps by rate, and all steps together, the first ones included."""
+    """Runs of bench_ladder: the steady step of every rung, and all steps of these rungs as if they were steady.
+
+    Rungs too short to tell are left out; the steps of the others are counted in the name of the sum.
+    """
     found = []
     for name, records in runs.items():
         by_rate = defaultdict[Fraction, list[float]](list)
         for record in records:
             by_rate[exact(record["nominal_omission_rate"])].append(record["step_seconds"])
-        for rate, seconds in by_rate.items():
-            if len(seconds) >= SETTLED:
-                what = f"{name}: step at rate {float(rate):g}"
-                found.append(Compared(what=what, predicted=predict(rate), measured=statistics.median(seconds)))
-        predicted = sum(len(seconds) * predict(rate) for rate, seconds in by_rate.items())
-        measured = sum(sum(seconds) for seconds in by_rate.values())
-        found.append(Compared(what=f"{name}: all {len(records)} steps", predicted=predicted, measured=measured))
+        rungs = {rate: seconds for rate, seconds in by_rate.items() if len(seconds) >= CHANGE + ENOUGH}
+        steady = {rate: statistics.median(seconds[CHANGE:]) for rate, seconds in rungs.items()}
+        for rate, seconds in steady.items():
+            what = f"{name}: step at rate {float(rate):g}"
+            found.append(Compared(what=what, predicted=predict(rate), measured=seconds))
+        if rungs:
+            steps = {rate: len(seconds) for rate, seconds in rungs.items()}
+            measured = sum(number * steady[rate] for rate, number in steps.items())
+            found.append(
+                Compared(
+                    what=f"{name}: {sum(steps.values())} of {len(records)} steps",
+                    predicted=sum(number * predict(rate) for rate, number in steps.items()),
+                    measured=measured,
+                    beyond=sum(sum(seconds) for seconds in rungs.values()) - measured,
+                )
+            )
     return found
 
 

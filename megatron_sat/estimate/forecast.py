@@ -198,6 +198,7 @@ def layer_of(config: Config, *, shape: ModelShape, rate: Fraction, hardware: Har
         batch=Batch(micro_batch_size=config.training.micro_batch_size, micro_batches=1),
         spread=Spread(layers=(1,)),
         recompute=NO_RECOMPUTE,
+        graphs=config.layer_graphs,
         seen=[],
     )
 
@@ -240,6 +241,7 @@ def spread_of(config: Config, *, cluster: Cluster, links: Links) -> Spread:
         data_link=across,
         shards_update=bool(settings.get("use_distributed_optimizer")),
         overlaps_reduction=bool(config.ddp.get("overlap_grad_reduce")),
+        overlaps_gathering=bool(config.ddp.get("overlap_param_gather")),
         sparse_reduction=config.sparse_reduce,
     )
 
@@ -248,7 +250,8 @@ def _remarks(config: Config, *, steps: Sequence[StepTime], replayed: float) -> l
     """replayed: the run's time with --layer-graphs, as a share of its own."""
     found, selection = [], config.selection
     if replayed < 1 - WORTH_SAYING:
-        found.append(f"layers wait for their launches: with --layer-graphs the run would take {replayed:.1%} of it")
+        waits = "layers or their choices wait for launches"
+        found.append(f"{waits}: with --layer-graphs the run would take {replayed:.1%} of its time")
     sparse = config.schedule.kind != "none"
     if sparse and selection.importance != MEASURED_IMPORTANCE:
         found.append(f"choosing was measured for {MEASURED_IMPORTANCE}, not for {selection.importance}")

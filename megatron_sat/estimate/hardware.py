@@ -2,7 +2,7 @@
 
 `benchmarks/bench_layer.py` measures it and leaves a JSON file, one a device; nobody edits it. Between the shapes that
 were measured a rate is interpolated in the logarithms of the sizes. Seconds are those of the device, but for
-`launch_seconds`: what the host needs to ask for as much.
+`Choosing.seconds` and `launch_seconds`, in which the host launches as it goes.
 """
 
 import json
@@ -72,6 +72,9 @@ class Choosing:
     kept: int
     """Of those, what is packed."""
     seconds: float
+    """As the host launches it, kernel by kernel."""
+    device_seconds: float
+    """The device's alone: of a choice that is replayed (--layer-graphs)."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -118,9 +121,11 @@ class Hardware:
         rate = interpolate(wanted.sizes, [(each.sizes, each.operations / each.seconds) for each in self.attention])
         return Figure(seconds=wanted.operations / rate.value, distance=rate.distance)
 
-    def choosing_seconds(self, *, weights: int, kept: int) -> "Figure":
-        """Of a layer with so many entries in its matrices, and so many of them kept, once a step."""
-        found = interpolate((weights, kept), [(each.sizes, each.seconds) for each in self.choosing])
+    def choosing_seconds(self, *, weights: int, kept: int, replayed: bool) -> "Figure":
+        """Of a layer with so many entries in its matrices, and so many of them kept, once a step. replayed: recorded
+        before, so that no launch is waited for."""
+        rows = [(each.sizes, each.device_seconds if replayed else each.seconds) for each in self.choosing]
+        found = interpolate((weights, kept), rows)
         return Figure(seconds=found.value, distance=found.distance)
 
 

@@ -2,9 +2,9 @@
 
 A layer's micro-batch is its products (a forward and two of the backward each, interpolated from measured shapes), its
 attention (measured rate), and what it streams through memory between them (bytes over measured bandwidth); it takes
-the host's launches where those are longer. To all micro-batches come embedding, head and loss, and once a step the
-choosing and packing, the update, and what communication does not hide. Communication is of data sheets, the rest was
-measured (`hardware`). Nothing else overlaps, and nothing is fitted to whole steps.
+the host's launches where those are longer and it is not replayed. To all micro-batches come embedding, head and
+loss, and once a step the choosing and packing, the update, and what communication does not hide. Communication is of
+data sheets, the rest was measured (`hardware`). Nothing else overlaps, and nothing is fitted to whole steps.
 
 Shapes: `h` hidden, `d` head dim, `f` channels, `p` TP size.
 """
@@ -23,6 +23,8 @@ ACTIVATION = 2
 """Bytes of an activation, bf16."""
 GRADIENT = 4
 """Bytes of a gradient that is reduced, fp32."""
+PARAMETER = 2
+"""Bytes of a parameter that is gathered, bf16."""
 ATTENTION_FORWARD = 2 / 7
 """Of an attention's time: its kernel does two products forward, and five backward."""
 
@@ -52,6 +54,8 @@ class Spread:
     """Replicas share the update: the distributed optimizer."""
     overlaps_reduction: bool = False
     """Gradients are reduced while the last micro-batch's backward computes the others."""
+    overlaps_gathering: bool = False
+    """What each replica has updated reaches the others while the next forward computes."""
     sparse_reduction: bool = False
     """Only kept rows and columns are reduced."""
 
@@ -72,7 +76,7 @@ class StepTime:
     waiting: float
     """A pipeline's ranks for each other."""
     reduction: float
-    """Over replicas, as far as it is not hidden."""
+    """Over replicas, as far as it is not hidden: of gradients, and of parameters that each updates a part of."""
     distance: float
     """Of the shape that is farthest from all that were measured; `hardware.FAR` is far."""
 
@@ -99,12 +103,19 @@ def predict_step(
 ) -> StepTime:
     """A step in which each layer computes ``kept``, on the pipeline rank that takes longest.
 
-    graphs: layers are replayed, so no launch is waited for. interval: steps that a choice is kept. tied: the head is
-    the embedding.
+    graphs: layers and choices are replayed, so no launch is waited for. interval: steps that a choice is kept. tied:
+    the head is the embedding.
     """
     dense, parts, tokens = whole(shape), list[Figure](), batch.micro_batch_size * shape.seq_length
     of_layer = partial(
-        layer_seconds, shape, hardware=hardware, batch=batch, spread=spread, recompute=recompute, seen=parts
+        layer_seconds,
+        shape,
+        hardware=hardware,
+        batch=batch,
+        spread=spread,
+        recompute=recompute,
+        graphs=graphs,
+        seen=parts,
     )
     layer, whole_share = of_layer(kept), kept.whole_layers / shape.num_layers
     if whole_share:
@@ -119,7 +130,7 @@ def predict_step(
     choosing = 0.0
     if kept != dense:
         every, some = (layer_matrices(shape, each, tensor=spread.tensor) for each in (dense, kept))
-        found = hardware.choosing_seconds(weights=every, kept=some)
+        found = hardware.choosing_seconds(weights=every, kept=some, replayed=graphs)
         parts.append(found)
         choosing = (1 - whole_share) * here * found.seconds / interval
     matrices = here * layer_matrices(shape, dense, tensor=spread.tensor)
@@ -133,7 +144,8 @@ def predict_step(
         update=number * hardware.update_seconds_per_parameter / (spread.data if spread.shards_update else 1),
         tensor=batch.micro_batches * here * sums,
         waiting=(len(spread.layers) - 1) * longest / spread.virtual,
-        reduction=_reduction_seconds(number - omitted, spread=spread, backward=2 / 3 * here * layer),
+        reduction=_reduction_seconds(number - omitted, spread=spread, backward=2 / 3 * here * layer)
+        + _gathering_seconds(number, spread=spread, forward=1 / 3 * here * layer),
         distance=max(figure.distance for figure in parts),
     )
 
@@ -173,9 +185,11 @@ def layer_seconds(
     batch: Batch,
     spread: Spread,
     recompute: Recompute,
+    graphs: bool,
     seen: list[Figure],
 ) -> float:
-    """Forward and backward of a layer and micro-batch on the device. seen: takes the figures it is made of."""
+    """Forward and backward of a layer and micro-batch on the device. graphs: it is replayed. seen: takes the figures
+    it is made of."""
     tokens, tensor = batch.micro_batch_size * shape.seq_length, spread.tensor
     matrices = linears(shape, kept, tensor=tensor)
     products = [
@@ -190,7 +204,8 @@ def layer_seconds(
         groups=kept.groups // tensor,
         head_dim=shape.kv_channels,
     )
-    streamed = streamed_bytes(shape, kept, tokens=tokens, tensor=tensor, split=spread.sequence_parallel)
+    split = spread.sequence_parallel
+    streamed = streamed_bytes(shape, kept, tokens=tokens, tensor=tensor, split=split, replayed=graphs)
     between = streamed / hardware.bytes_per_second
     seen += [*products, attention]
     seconds = sum(figure.seconds for figure in products) + attention.seconds + between
@@ -207,20 +222,25 @@ def layer_seconds(
     return seconds + float(share) * sum(again.get(part, 0.0) for part in recompute.parts)
 
 
-def streamed_bytes(shape: ModelShape, kept: KeptShape, *, tokens: int, tensor: int, split: bool) -> int:
+def streamed_bytes(
+    shape: ModelShape, kept: KeptShape, *, tokens: int, tensor: int, split: bool, replayed: bool
+) -> int:
     """Read and written between a layer's products, forward and backward, in kernels that hold nothing back.
 
-    split: norms and residuals see a part of the sequence on each TP rank.
+    split: norms and residuals see a part of the sequence on each TP rank. replayed: a recording of each half of the
+    layer has a place of its own for the gradient that comes in.
     """
     hidden = tokens // (tensor if split else 1) * shape.hidden_size
-    norms = 2 * (2 + 3)  # two of them; x and y, then x, dy and dx
+    norms = 2 * (2 + 3 + 2)  # two of them; x and y; x, dy and dx; x and dy again, for the weight's gradient
     residuals = 2 * (3 + 3)  # two sums of two; two sums of two gradients
     heads, groups, channels = (number // tensor for number in (kept.heads, kept.groups, kept.channels))
     rotation = (2 + 2) * (heads + groups)
     merging = 2 * (heads + 2 * groups)  # the gradients of Q, K and V become one
-    activation = (3 + 5) if shape.gated else (2 + 3)
+    # SwiGLU's backward: gate, up and dy make one gradient, gate and dy the other, a half of one tensor each
+    activation = (3 + 4 + 3) if shape.gated else (2 + 3)
     wide = tokens * (shape.kv_channels * (rotation + merging) + activation * channels)
-    return ACTIVATION * ((norms + residuals) * hidden + wide)
+    copies = 2 * 2 if replayed else 0
+    return ACTIVATION * ((norms + residuals + copies) * hidden + wide)
 
 
 def _head_seconds(
@@ -250,8 +270,20 @@ def tensor_seconds(shape: ModelShape, *, tokens: int, spread: Spread) -> float:
 
 
 def _reduction_seconds(number: int, *, spread: Spread, backward: float) -> float:
-    """Of ``number`` gradients over the replicas; what is left of it beside the last micro-batch's backward."""
+    """Of ``number`` gradients over the replicas; what is left of it beside the last micro-batch's backward.
+
+    A replica that updates a part alone needs the sum of that part: half of what all of it takes each of them.
+    """
     if spread.data == 1:
         return 0.0
-    seconds = 2 * (spread.data - 1) / spread.data * number * GRADIENT / spread.data_link
+    rounds = 1 if spread.shards_update else 2
+    seconds = rounds * (spread.data - 1) / spread.data * number * GRADIENT / spread.data_link
     return max(seconds - backward, 0.0) if spread.overlaps_reduction else seconds
+
+
+def _gathering_seconds(number: int, *, spread: Spread, forward: float) -> float:
+    """Of ``number`` parameters, updated in parts; what is left of it beside the next step's first forward."""
+    if spread.data == 1 or not spread.shards_update:
+        return 0.0
+    seconds = (spread.data - 1) / spread.data * number * PARAMETER / spread.data_link
+    return max(seconds - forward, 0.0) if spread.overlaps_gathering else seconds

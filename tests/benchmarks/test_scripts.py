@@ -48,6 +48,7 @@ def test_bench_step_times_dense_sparse_and_both_twins(tmp_path):
         assert row["bound"] == dense["flops"] / row["flops"]
         assert row["tokens_per_second"] == 64 / row["seconds"]
     assert {"command", "commit", "machine", "libraries", "device"} <= found["about"].keys()
+    assert (found["flags"], found["tensor_parallel"]) == ("", 1)
     assert (tmp_path / "step.png").read_bytes().startswith(PNG)
     assert "tiny, 1 layers, 2x1x32 tokens" in table
 
@@ -64,7 +65,9 @@ def test_bench_step_times_ranks_that_share_the_work(flags, title, tmp_path):
     tables = [run_ranks(said, 2, bench_step.main, [*line.split(), tmp_path / "step.json", *flags], {})]
     assert title in tables[0][0]
     assert tables[0][1] == ""
-    rows = json.loads((tmp_path / "step.json").read_text())["rows"]
+    found = json.loads((tmp_path / "step.json").read_text())
+    rows = found["rows"]
+    assert (found["flags"], found["tensor_parallel"]) == (("--sequence-parallel", 2) if flags else ("", 1))
     assert [row["weights"] for row in rows] == ["dense", "compact"]
     tokens = 2 * 32 * (1 if flags else 2)
     assert all(row["tokens_per_second"] == tokens / row["seconds"] for row in rows)
@@ -103,10 +106,12 @@ def test_bench_step_without_twins_takes_none_and_a_bare_flag_is_fp32():
 
 
 def test_bench_layer_times_a_layer_and_leaves_a_table_of_the_hardware(tmp_path):
-    line = [*SMALL, *"--tokens 32 64 --rates 1/2 --steps 1 --models tiny".split()]
+    line = [*SMALL, *"--tokens 32 64 --rates 1/2 --steps 1 --models tiny --flags=--sat-temperature=0.1".split()]
     files = ["--out", tmp_path / "layer.json", "--hardware", tmp_path / "gemm-cpu.json"]
     table = run(bench_layer.main, *line, *files)
-    rows = json.loads((tmp_path / "layer.json").read_text())["rows"]
+    stored = json.loads((tmp_path / "layer.json").read_text())
+    rows = stored["rows"]
+    assert stored["flags"] == "--sat-temperature=0.1"
     assert [(row["tokens"], row["rate"], row["weights"]) for row in rows] == [
         (tokens, rate, weights)
         for tokens in (32, 64)
@@ -124,7 +129,7 @@ def test_bench_layer_times_a_layer_and_leaves_a_table_of_the_hardware(tmp_path):
     dense = [each.sizes for each in found.products if each.kind == "weight"]
     assert (3 * 128, 128, 64) in dense, "QKV's rows, its inputs, and the tokens they are summed over"
     assert {each.sizes for each in found.attention} >= {(8, 32, 16), (16, 32, 16), (4, 32, 16)}
-    assert [(each.weights, each.kept) for each in found.choosing] == [(200704, 100352)] * 2
+    assert [(each.weights, each.kept) for each in found.choosing] == [(200704, 100352)]
 
 
 @pytest.mark.parametrize(
@@ -157,8 +162,10 @@ def _program(_: int, argv: list[str]) -> None:
 
 def test_bench_ladder_runs_dense_and_both_ladders(tmp_path, capsys):
     line = [*SMALL, *"--model tiny --layers 1 --micro-batches 1 --ladders cpt=12 sft=8".split()]
-    bench_ladder.main([*line, "--out", str(tmp_path / "ladder.json")], train=train_here)
+    more = ["--flags=--clip-grad=0.5", "--out", str(tmp_path / "ladder.json")]
+    bench_ladder.main([*line, *more], train=train_here)
     found = json.loads((tmp_path / "ladder.json").read_text())
+    assert found["flags"] == "--clip-grad=0.5"
     runs = {name: [record["nominal_omission_rate"] for record in records] for name, records in found["runs"].items()}
     rates = {
         name: [float(rung.rate) for rung in LADDERS[name].schedule(steps) for _ in range(rung.steps)]

@@ -35,15 +35,24 @@ def test_layers_are_predicted_by_model_tokens_and_rate():
     assert [each.error for each in found] == pytest.approx([-0.68, -0.36])
 
 
-def test_a_run_is_compared_by_settled_steps_and_as_a_whole():
-    seconds = [(0.5, 9.0), (0.5, 2.0), (0.5, 3.0), (0.25, 7.0), (0.0, 5.0), (0.0, 4.0), (0.0, 4.0)]
-    records = [{"nominal_omission_rate": rate, "step_seconds": each} for rate, each in seconds]
+def run_of(*rungs: tuple[float, list[float]]) -> list[dict[str, float]]:
+    return [{"nominal_omission_rate": rate, "step_seconds": each} for rate, seconds in rungs for each in seconds]
+
+
+def test_a_run_is_compared_by_the_steady_steps_of_its_rungs_and_by_their_sum():
+    """Rate .25 has too few steps behind those of its change to tell."""
+    short, dense = (0.25, [7.0, 3.0, 3.0, 3.0]), (0.0, [5.0, 6.0, 4.0, 4.0, 4.0, 4.0])
+    records = run_of((0.5, [9.0, 4.0, 2.0, 1.0, 6.0]), short, dense)
     found = compare_runs({"cpt": records}, predict=lambda rate: 4.0 - 2 * float(rate))
-    assert [(each.what, each.predicted, each.measured) for each in found] == [
-        ("cpt: step at rate 0.5", 3.0, 3.0),
-        ("cpt: step at rate 0", 4.0, 4.0),
-        ("cpt: all 7 steps", 3 * 3.0 + 3.5 + 3 * 4.0, 34.0),
+    assert [(each.what, each.predicted, each.measured, each.beyond) for each in found] == [
+        ("cpt: step at rate 0.5", 3.0, 2.0, None),
+        ("cpt: step at rate 0", 4.0, 4.0, None),
+        ("cpt: 11 of 15 steps", 5 * 3.0 + 6 * 4.0, 5 * 2.0 + 6 * 4.0, (22 - 5 * 2.0) + (27 - 6 * 4.0)),
     ]
+
+
+def test_a_run_whose_rungs_are_all_too_short_has_nothing_to_compare():
+    assert compare_runs({"cpt": run_of((0.5, [1.0] * 4), (0.0, [1.0] * 4))}, predict=lambda _: 1.0) == []
 
 
 def test_a_file_is_known_by_what_it_holds():

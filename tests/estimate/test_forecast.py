@@ -85,9 +85,11 @@ def test_the_parts_of_a_dense_step_stand_beside_those_of_the_first_rung():
 
 
 def test_layers_that_wait_for_launches_are_pointed_to_graphs():
-    said = "layers wait for their launches: with --layer-graphs the run would take"
-    assert any(said in remark for remark in predicted(launch_seconds=1.0).remarks)
-    assert not any(said in remark for remark in predicted(launch_seconds=0.0).remarks)
+    said = "layers or their choices wait for launches: with --layer-graphs the run would take"
+    assert any(said in remark for remark in predicted("", launch_seconds=1.0).remarks)
+    assert not any(said in remark for remark in predicted("", launch_seconds=0.0).remarks)
+    assert any(said in remark for remark in predicted(launch_seconds=0.0).remarks), "choices are launched too"
+    assert not any(said in remark for remark in predicted(f"{LADDER} --layer-graphs", launch_seconds=1.0).remarks)
 
 
 def test_the_sentences_say_what_is_saved_and_from_what():
@@ -110,7 +112,7 @@ def test_machines_get_plain_numbers():
 
 def test_the_layout_of_the_run_is_that_of_the_prediction():
     more = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"
-    more += " --use-distributed-optimizer --overlap-grad-reduce"
+    more += " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
     config = run(f"{LADDER} {more} --bf16", ranks=8, machine=CUDA)
     spread = spread_of(config, cluster=Cluster(gpu="h100", world_size=8), links=LINKS)
     assert spread == Spread(
@@ -122,6 +124,7 @@ def test_the_layout_of_the_run_is_that_of_the_prediction():
         data_link=1e11,
         shards_update=True,
         overlaps_reduction=True,
+        overlaps_gathering=True,
     )
 
 
@@ -146,8 +149,8 @@ def test_context_parallelism_is_not_predicted():
 
 
 def test_layers_that_are_left_out_are_not_predicted():
+    config = run("--baseline est --est-layers-until 20 --est-until 60")
     with pytest.raises(ValueError, match="--baseline must not be est for a prediction: layers .* predict another run"):
-        config = run("--baseline est --est-layers-until 20 --est-until 60")
         spread_of(config, cluster=Cluster(gpu="h100", world_size=1), links=LINKS)
 
 

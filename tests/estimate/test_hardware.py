@@ -1,6 +1,7 @@
 """The measured table of a device: between its shapes, on disk, and what is said where there is none."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,8 @@ from megatron_sat.estimate.hardware import (
 )
 from megatron_sat.model.flops import ModelShape, layer_forward_flops, whole
 from tests.estimate.tables import PRODUCTS, even
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def test_what_was_measured_is_returned_as_it_was():
@@ -77,6 +80,16 @@ def test_attention_counts_the_operations_of_the_model():
 def test_a_table_is_read_back_as_it_was_saved(tmp_path):
     save(even(), tmp_path / "results" / "gemm-even.json")
     assert load(tmp_path / "results" / "gemm-even.json") == even()
+
+
+def test_every_table_of_the_repository_can_be_read_and_says_how_it_was_made():
+    files = sorted(RESULTS.glob("gemm-*.json"))
+    assert files, "tools/plan.py has nothing to predict from"
+    for file in files:
+        found = load(file)
+        assert file.stem == f"gemm-{slug(found.name)}"
+        assert "benchmarks/bench_layer.py" in found.about["command"]
+        assert "/tmp" not in file.read_text()
 
 
 def test_a_missing_table_names_the_command_that_makes_it(tmp_path):

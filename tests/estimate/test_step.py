@@ -21,7 +21,7 @@ from megatron_sat.estimate.step import (
 )
 from megatron_sat.model.flops import KeptShape, ModelShape, Recompute, kept_shape, layer_forward_flops, whole
 from megatron_sat.rehearsal.memory import layer_matrices
-from tests.estimate.tables import ATTENTION, CHOOSING, PER_LOGIT, PER_PARAMETER, PRODUCTS, STREAM, even
+from tests.estimate.tables import ATTENTION, CHOOSING, PER_LOGIT, PER_PARAMETER, PRODUCTS, REPLAYED, STREAM, even
 
 SHAPE = ModelShape(
     num_layers=4,
@@ -45,11 +45,11 @@ def predict(kept: KeptShape, **changes) -> StepTime:
     return predict_step(SHAPE, kept, **settings)
 
 
-def layer_by_hand(kept: KeptShape) -> float:
+def layer_by_hand(kept: KeptShape, *, replayed: bool = False) -> float:
     """Of a micro-batch: operations over rates, bytes over bandwidth."""
     flops = layer_forward_flops(SHAPE, kept)
     attention = 3 * TOKENS * flops.pop("core_attn") / ATTENTION
-    streamed = streamed_bytes(SHAPE, kept, tokens=TOKENS, tensor=1, split=False)
+    streamed = streamed_bytes(SHAPE, kept, tokens=TOKENS, tensor=1, split=False, replayed=replayed)
     return 3 * TOKENS * sum(flops.values()) / PRODUCTS + attention + streamed / STREAM
 
 
@@ -78,8 +78,10 @@ def test_the_four_linears_hold_the_layers_matrices():
         assert 2 * halves == entries
 
 
-@pytest.mark.parametrize(("tensor", "split"), [(1, False), (2, False), (2, True)])
-def test_streamed_bytes_are_those_of_the_tensors_that_pass_through_memory(tensor, split):
+@pytest.mark.parametrize(
+    ("tensor", "split", "replayed"), [(1, False, False), (2, False, False), (2, True, False), (1, False, True)]
+)
+def test_streamed_bytes_are_those_of_the_tensors_that_pass_through_memory(tensor, split, replayed):
     """Kernel by kernel, with the tensors that it reads and writes."""
 
     def made(*size: int) -> Tensor:
@@ -94,15 +96,20 @@ def test_streamed_bytes_are_those_of_the_tensors_that_pass_through_memory(tensor
     for _ in range(2):
         kernels.append([x, x])  # norm: in, out
         kernels.append([x, x, x])  # its backward: input, gradient, gradient of the input
+        kernels.append([x, x])  # that of its weight: input, gradient
         kernels.append([x, x, x])  # residual: two in, one out
         kernels.append([x, x, x])  # two gradients of one tensor
+        if replayed:
+            kernels.append([x, x])  # the gradient that comes in, to where the recorded half reads it
         for rotated in (q, k):
             kernels.append([rotated, rotated])  # forward, then backward
     kernels.append([q, k, v, q, k, v])  # gradients of Q, K and V into that of the fused projection
     kernels.append([wide, wide, wide])  # SwiGLU: gate, up, product
-    kernels.append([wide, wide, wide, wide, wide])  # gate, up, gradient, two gradients
+    kernels.append([wide, wide, wide, wide])  # gate, up, gradient, gradient of the gate
+    kernels.append([wide, wide, wide])  # gate, gradient, gradient of what is gated
     counted = sum(tensor.nbytes for kernel in kernels for tensor in kernel)
-    assert streamed_bytes(SHAPE, whole(SHAPE), tokens=TOKENS, tensor=tensor, split=split) == counted
+    sizes = {"tokens": TOKENS, "tensor": tensor, "split": split, "replayed": replayed}
+    assert streamed_bytes(SHAPE, whole(SHAPE), **sizes) == counted
 
 
 def test_the_head_is_its_products_and_a_price_a_logit():
@@ -123,13 +130,15 @@ def test_the_update_is_a_price_a_parameter_and_is_shared_where_it_is_sharded():
 def test_choosing_is_once_a_step_or_once_in_so_many_and_never_of_a_dense_one():
     assert predict(HALF).choosing == pytest.approx(4 * CHOOSING)
     assert predict(HALF, interval=5).choosing == pytest.approx(4 * CHOOSING / 5)
+    assert predict(HALF, graphs=True).choosing == pytest.approx(4 * REPLAYED)
     assert predict(whole(SHAPE)).choosing == 0.0
 
 
 def test_a_layer_that_is_faster_than_its_launches_waits_for_them_unless_it_is_replayed():
     slow_host = even(launch_seconds=2 * layer_by_hand(HALF))
     assert predict(HALF, hardware=slow_host).layers == pytest.approx(3 * 4 * 2 * layer_by_hand(HALF))
-    assert predict(HALF, hardware=slow_host, graphs=True).layers == pytest.approx(3 * 4 * layer_by_hand(HALF))
+    replayed = predict(HALF, hardware=slow_host, graphs=True).layers
+    assert replayed == pytest.approx(3 * 4 * layer_by_hand(HALF, replayed=True))
     fast_host = even(launch_seconds=0.5 * layer_by_hand(HALF))
     assert predict(HALF, hardware=fast_host).layers == predict(HALF).layers
 
@@ -175,6 +184,21 @@ def test_replicas_reduce_what_is_kept_and_hide_what_they_can():
     assert predict(HALF).reduction == 0.0
 
 
+def test_replicas_that_update_a_part_each_get_half_a_reduction_and_gather_the_rest():
+    spread = Spread(layers=(4,), data=4, data_link=1e9, shards_update=True)
+    parameters = 4 * layer_matrices(SHAPE, whole(SHAPE), tensor=1) + 4 * 2 * 256 + 2 * 1024 * 256 + 256
+    scattered, gathered = (3 / 4 * size * parameters / 1e9 for size in (4, 2))
+    found = predict(HALF, spread=spread).reduction
+    assert found == pytest.approx(scattered + gathered)
+    beside = replace(spread, overlaps_reduction=True)
+    assert found - predict(HALF, spread=beside).reduction == pytest.approx(2 / 3 * 4 * layer_by_hand(HALF))
+    both = replace(beside, overlaps_gathering=True)
+    assert found - predict(HALF, spread=both).reduction == pytest.approx(4 * layer_by_hand(HALF))
+    assert predict(HALF, spread=replace(both, data_link=1e15)).reduction == 0.0
+    sparse = predict(HALF, spread=replace(spread, sparse_reduction=True)).reduction
+    assert gathered < sparse < found, "parameters are gathered whole"
+
+
 def test_pipeline_ranks_wait_for_the_one_that_takes_longest():
     found = predict(HALF, spread=Spread(layers=(2, 2)))
     micro_batch = (found.layers + found.loss) / 3
@@ -200,11 +224,11 @@ def test_a_table_of_these_very_shapes_is_at_no_distance_and_others_are_far():
     measured = even(
         products=tuple(Product(kind=kind, m=m, n=n, k=k, seconds=1e-3) for kind, (m, n, k) in sizes),
         attention=(Attended(batch=2, sequence=128, heads=4, groups=2, head_dim=32, seconds=2e-3),),
-        choosing=(Choosing(weights=every, kept=some, seconds=4e-3),),
+        choosing=(Choosing(weights=every, kept=some, seconds=4e-3, device_seconds=0.0),),
     )
     found = predict(HALF, hardware=measured)
     assert found.distance == 0.0
-    streamed = streamed_bytes(SHAPE, HALF, tokens=TOKENS, tensor=1, split=False) / STREAM
+    streamed = streamed_bytes(SHAPE, HALF, tokens=TOKENS, tensor=1, split=False, replayed=False) / STREAM
     assert found.layers == pytest.approx(12 * (12 * 1e-3 + 2e-3 + streamed))
     assert found.choosing == pytest.approx(4 * 4e-3)
     assert predict_step(SHAPE, whole(SHAPE), hardware=measured, batch=BATCH, spread=ALONE).distance > 0

@@ -74,15 +74,70 @@ def test_a_prediction_stands_beside_what_was_measured(kind, names, folder, tmp_p
     assert "largest error" in capsys.readouterr().out
 
 
-def test_a_ladder_stands_beside_its_steps(folder, tmp_path):
+def test_a_ladder_stands_beside_its_steps(folder, tmp_path, capsys):
     size = json.loads((folder / "step.json").read_text())["size"]
-    records = [{"nominal_omission_rate": rate, "step_seconds": 0.1} for rate in (0.5, 0.5, 0.5, 0.0)]
-    stored = {"about": {"device": "CPU"}, "size": size, "rows": [], "runs": {"cpt": records}}
+    seconds = {0.5: [0.4, 0.1, 0.1, 0.1, 0.1], 0.0: [0.1]}
+    records = [{"nominal_omission_rate": rate, "step_seconds": each} for rate, all_ in seconds.items() for each in all_]
+    about = {"device": "CPU", "command": "python benchmarks/bench_ladder.py --ladders cpt=6 --out ladder.json"}
+    stored = {"about": about, "size": size, "rows": [], "runs": {"cpt": records}}
     (tmp_path / "ladder.json").write_text(json.dumps(stored))
     found = tmp_path / "errors.json"
     line = ["--hardware", folder / "gemm-cpu.json", "--compare", tmp_path / "ladder.json", "--json", found]
     assert called(*line) == 0
-    assert [row["what"] for row in errors(found)] == ["cpt: step at rate 0.5", "cpt: all 4 steps"]
+    assert [row["what"] for row in errors(found)] == ["cpt: step at rate 0.5", "cpt: 5 of 6 steps"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "cpt: 5 of 6 steps: first ones and changes of rung took 0.30 s more, which is not predicted" in said
+    stored["runs"] = {"cpt": records[:4]}
+    (tmp_path / "ladder.json").write_text(json.dumps(stored))
+    assert called(*line) == 2
+    said = capsys.readouterr().err
+    assert "--compare must hold steps that the program's default takes (packed weights; of a rung at least 5)" in said
+
+
+def predicted(folder: Path, out: Path, *more: object, **changes: Any) -> list[float]:
+    """Of the steps that ``folder`` measured, had the file said this too."""
+    stored = json.loads((folder / "step.json").read_text()) | changes
+    (out / "step.json").write_text(json.dumps(stored))
+    line = ["--hardware", folder / "gemm-cpu.json", "--compare", out / "step.json", "--json", out / "errors.json"]
+    assert called(*line, *more) == 0
+    return [row["predicted"] for row in errors(out / "errors.json")]
+
+
+def test_a_prediction_is_of_the_flags_that_the_benchmark_ran_with(folder, tmp_path):
+    again = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    plain, recomputed = predicted(folder, tmp_path), predicted(folder, tmp_path, flags=again)
+    assert all(more > less for more, less in zip(recomputed, plain, strict=True))
+    assert predicted(folder, tmp_path, *again.split()) == recomputed
+    rarely = predicted(folder, tmp_path, "--sat-selection-interval", 1, flags="--sat-selection-interval 50")
+    assert rarely == plain, "what stands on the line comes after"
+    dense, sparse = predicted(folder, tmp_path, flags="--sat-selection-interval 50")
+    assert (dense == plain[0], sparse < plain[1]) == (True, True)
+
+
+def test_a_step_of_several_ranks_is_predicted_on_a_known_gpu_alone(folder, tmp_path, capsys):
+    stored = json.loads((folder / "step.json").read_text())
+    stored |= {"tensor_parallel": 2, "flags": "--sequence-parallel --use-distributed-optimizer"}
+    stored["size"] |= {"replicas": 2}
+    (tmp_path / "step.json").write_text(json.dumps(stored))
+    assert called("--hardware", folder / "gemm-cpu.json", "--compare", tmp_path / "step.json") == 2
+    assert "--compare with 4 ranks must be of a device whose NVLink is known" in capsys.readouterr().err
+    save(even(name="NVIDIA H100 80GB HBM3"), tmp_path / "gemm-h100.json")
+    stored["about"]["device"] = "NVIDIA H100 80GB HBM3"
+    times = []
+    for tensor in (1, 2):
+        stored["tensor_parallel"] = tensor
+        (tmp_path / "step.json").write_text(json.dumps(stored))
+        line = ["--hardware", tmp_path / "gemm-h100.json", "--compare", tmp_path / "step.json"]
+        assert called(*line, "--json", tmp_path / "errors.json") == 0
+        times.append(errors(tmp_path / "errors.json")[0]["predicted"])
+    assert times[1] < times[0]
+
+
+def test_a_step_by_deepspeed_is_not_compared(folder, tmp_path, capsys):
+    stored = json.loads((folder / "step.json").read_text()) | {"flags": "--engine deepspeed"}
+    (tmp_path / "step.json").write_text(json.dumps(stored))
+    assert called("--hardware", folder / "gemm-cpu.json", "--compare", tmp_path / "step.json") == 2
+    assert "--engine must be megatron for a prediction, got deepspeed" in capsys.readouterr().err
 
 
 def test_a_measurement_of_another_device_is_not_compared(folder, tmp_path, capsys):
@@ -92,7 +147,7 @@ def test_a_measurement_of_another_device_is_not_compared(folder, tmp_path, capsy
 
 
 def test_a_file_that_is_no_measurement_is_not_compared(folder, tmp_path, capsys):
-    (tmp_path / "x.json").write_text('{"about": {"device": "CPU"}, "rows": [{"seconds": 1.0}]}')
+    (tmp_path / "x.json").write_text('{"about": {"device": "CPU", "command": ""}, "rows": [{"seconds": 1.0}]}')
     assert called("--hardware", folder / "gemm-cpu.json", "--compare", tmp_path / "x.json") == 2
     assert "--compare must be what bench_step, bench_ladder or bench_layer wrote" in capsys.readouterr().err
 
