@@ -58,7 +58,7 @@ part() {
             ;;
         kernels) measure kernels profile_step.py --flags=--cross-entropy-loss-fusion ;;
         cpt) # the paper's share of a batch: 1024 sequences on 32 GPUs
-            measure cpt bench_ladder.py --micro-batches 32 --ladders cpt=36 --flags="$fast" ;;
+            measure cpt bench_ladder.py --micro-batches 32 --ladders cpt=24 --flags="$fast" ;;
         sft) measure sft bench_ladder.py --micro-batches 16 --ladders sft=40 --flags="$fast" ;;
         replicas)
             measure_pair replicas bench_step.py --layers 12 --weights compact \

@@ -1,16 +1,18 @@
 """The kernels of `unpack`, in Triton: each moves one block of a row, or some rows of a block of columns.
 
-All arrays are contiguous. Places are counted in 64 bits: a weight of 70B has more than 2**31 bytes of gradient.
+Triton takes no annotations but its own. All arrays are contiguous. Places are counted in 64 bits: the gradients of a
+weight may take more than 2**31 bytes.
 """
 
-from typing import Any
+# ruff: noqa: ANN001, ANN201
+# mypy: disable-error-code="no-untyped-def"
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def rows_out(front: Any, aside: Any, full: Any, index: Any, kept: Any, width: Any, BLOCK: tl.constexpr) -> None:
+def rows_out(front, aside, full, index, kept, width, BLOCK: tl.constexpr):
     """front [kept, width]: rows that belong behind it -> their place in full; the others -> the same row of aside."""
     number = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -23,7 +25,7 @@ def rows_out(front: Any, aside: Any, full: Any, index: Any, kept: Any, width: An
 
 
 @triton.jit
-def rows_in(aside: Any, full: Any, index: Any, kept: Any, width: Any, BLOCK: tl.constexpr) -> None:
+def rows_in(aside, full, index, kept, width, BLOCK: tl.constexpr):
     """Rows of aside that belong to the first ``kept`` rows of full -> there."""
     number = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -34,17 +36,7 @@ def rows_in(aside: Any, full: Any, index: Any, kept: Any, width: Any, BLOCK: tl.
 
 
 @triton.jit
-def columns(
-    source: Any,
-    full: Any,
-    place: Any,
-    first: Any,
-    last: Any,
-    kept: Any,
-    width: Any,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-) -> None:
+def columns(source, full, place, first, last, kept, width, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Rows first to last: column c of full [h, width] <- column place[c] of source [h, kept]; 0 where place is -1."""
     there = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = there < width

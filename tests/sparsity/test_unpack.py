@@ -78,6 +78,29 @@ def test_the_kernels_move_what_torch_moves() -> None:
     assert done.stdout.split() == [str(len(cases()))]
 
 
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from megatron_sat.sparsity import unpack_kernels as kernels
+
+pointers = dict.fromkeys(("front", "aside", "full", "source"), "*fp32") | {"index": "*i64", "place": "*i32"}
+for kernel in (kernels.rows_out, kernels.rows_in, kernels.columns):
+    constants = {name: 64 for name in kernel.arg_names if name.isupper()}
+    signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]) > 0)
+"""
+
+
+def test_the_kernels_compile_for_a_gpu_without_one() -> None:
+    """The interpreter takes what the compiler refuses."""
+    pytest.importorskip("triton", reason="comes with builds of torch for GPUs")
+    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["True"] * 3
+
+
 @pytest.mark.parametrize(("kept", "count"), [(1, 1), (250, 2), (500, 3), (750, 3), (880, 0), (1000, 0)])
 def test_no_part_goes_where_something_is_still_packed(kept: int, count: int) -> None:
     """Every element of a part is written behind the last that is still to be read, of this part or of the rest."""
