@@ -154,7 +154,7 @@ def introduce(run: Run) -> None:
             cuda=torch.cuda.is_available(),
             dtype=transformer["params_dtype"],
             gradient_accumulation_fusion=transformer["gradient_accumulation_fusion"],
-            optimizer=deepspeed.describe(run.config.deepspeed) if run.config.deepspeed else describe_adam(),
+            optimizer=run.engine.describe() if isinstance(run.engine, deepspeed.DeepSpeedEngine) else describe_adam(),
         )
     )
     parameters = sum(whole_shape(p).numel() for chunk in run.engine.chunks for p in chunk.parameters())

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import OptimizerConfig, _get_param_groups, get_standard_config_overrides
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
@@ -50,6 +50,7 @@ from megatron_sat.engines.state import (
 )
 from megatron_sat.engines.stretch import stretches_of_deepspeed
 from megatron_sat.engines.veto import Verdict
+from megatron_sat.engines.zero_adam import build_adam
 from megatron_sat.engines.zero_settings import offloads
 from megatron_sat.engines.zero_veto import ZeroVeto
 
@@ -102,7 +103,14 @@ class DeepSpeedEngine:
         self._learning_rate_config = learning_rate
         _sum_over_tp(self._chunk, config=self._config, group=layout.tp_group)
         self._parameters = [p for p in self._chunk.parameters() if p.requires_grad]
-        self._adam = build_adam(wrapped, config=optimizer_config)
+        self._elsewhere = offloads(settings)
+        adam = build_adam(
+            wrapped,
+            config=optimizer_config,
+            library=self._library,
+            state_on_host="offload_optimizer" in self._elsewhere,
+        )
+        self._adam, self._adams_name = adam.optimizer, adam.name
         self._scheduler = build_scheduler(self._adam, config=learning_rate)  # type: ignore[arg-type]
         declare_local_rank()
         self._engine, *_ = self._library.initialize(
@@ -123,6 +131,12 @@ class DeepSpeedEngine:
     def chunks(self) -> list[torch.nn.Module]:
         """The model without wrappers. At stage 3 its parameters are empty but while they are used."""
         return [self._chunk]
+
+    def describe(self) -> str:
+        """One line for the start of a run: who steps, and where its state lies."""
+        elsewhere = ", ".join(name.removeprefix("offload_") for name in self._elsewhere)
+        host = f", {elsewhere} in the host's memory" if elsewhere else ""
+        return f"optimizer: {self._adams_name} in DeepSpeed {version('deepspeed')}, ZeRO {self._stage}{host}"
 
     @property
     def learning_rate(self) -> float:
@@ -307,21 +321,6 @@ class DeepSpeedEngine:
         restore_schedule(self._scheduler, saved=state["opt_param_scheduler"])
 
 
-def build_adam(model: torch.nn.Module, *, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """torch's Adam with decoupled decay over Megatron's parameter groups; collective. On a GPU in one kernel."""
-    overrides = get_standard_config_overrides(config=config)
-    groups = [group for group in _get_param_groups([model], config, overrides) if group["params"]]
-    kind = torch.optim.AdamW if config.decoupled_weight_decay else torch.optim.Adam
-    return kind(
-        groups,
-        lr=config.lr or 0.0,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-        fused=True if torch.cuda.is_available() else None,
-    )
-
-
 def _sum_over_tp(model: torch.nn.Module, *, config: TransformerConfig, group: dist.ProcessGroup) -> None:
     """Let autograd sum over TP the gradients of what every TP rank has whole and sees a part of the tokens or heads of.
 
@@ -340,11 +339,3 @@ def _sum_over_tp(model: torch.nn.Module, *, config: TransformerConfig, group: di
         by_heads = config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
         if parameter.requires_grad and (by_tokens or by_heads):
             parameter.register_hook(summed)
-
-
-def describe(settings: Mapping[str, Any]) -> str:
-    """One line for the start of a run: who steps, and where its state lies."""
-    stage = settings["zero_optimization"]["stage"]
-    elsewhere = ", ".join(name.removeprefix("offload_") for name in offloads(settings))
-    host = f", {elsewhere} in the host's memory" if elsewhere else ""
-    return f"optimizer: torch's AdamW in DeepSpeed {version('deepspeed')}, ZeRO {stage}{host}"

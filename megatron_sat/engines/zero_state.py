@@ -96,7 +96,11 @@ class OptimizerState:
             values = tensors[number][name].to(torch.float32) if mine else None
             self._spread_out(number, name=name, values=values)
         for main in self._mains():
-            self._state_of(main)["step"].fill_(float(saved["step"]))
+            state = self._state_of(main)
+            if isinstance(state["step"], Tensor):
+                state["step"].fill_(float(saved["step"]))
+            else:
+                state["step"] = int(saved["step"])
 
     def copy_weights(self) -> None:
         """Make the fp32 copies anew from the model's weights, which must be whole."""
@@ -130,7 +134,9 @@ class OptimizerState:
         state = self._adam.state[main]
         if not state:
             fused = any(group.get("fused") for group in self._adam.param_groups)
-            state["step"] = torch.tensor(0.0, device=main.device if fused else "cpu")
+            # DeepSpeed's Adam for the host counts in a plain number
+            of_torch = isinstance(self._adam, torch.optim.Adam | torch.optim.AdamW)
+            state["step"] = torch.tensor(0.0, device=main.device if fused else "cpu") if of_torch else 0
             state |= {name: torch.zeros_like(main.detach()) for name in MOMENTS}
         return state
 

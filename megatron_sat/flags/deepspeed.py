@@ -45,6 +45,9 @@ _MEGATRONS: Mapping[str, str] = {
 }
 """Settings that megatron.core's DDP and optimizers alone obey: key to the way out."""
 
+_LEAST_STAGE: Mapping[str, int] = {"offload_optimizer": 1, "offload_param": 3}
+"""Of ZeRO, below which DeepSpeed passes over a file's wish."""
+
 
 def resolve_engine(settings: dict[str, Any]) -> None:
     """Fill in what the engine decides. Raises ValueError for a file of DeepSpeed's that cannot be read."""
@@ -108,11 +111,13 @@ def deepspeed_settings(settings: Settings, *, num_micro_batches: int) -> dict[st
             fp32_gradients=settings["accumulate_allreduce_grads_in_fp32"] or not settings["bf16"],
         ),
     )
-    if settings["zero_stage"] < 3 and "offload_param" in offloads(merged):
-        raise ValueError(
-            f"zero_optimization.offload_param of --deepspeed-config needs --zero-stage 3, got {settings['zero_stage']};"
-            " take it out of the file or use --zero-stage 3"
-        )
+    for name in offloads(merged):
+        least = _LEAST_STAGE[name]
+        if settings["zero_stage"] < least:
+            raise ValueError(
+                f"zero_optimization.{name} of --deepspeed-config needs --zero-stage {least}, got "
+                f"{settings['zero_stage']}; take it out of the file or use --zero-stage {least}"
+            )
     return merged
 
 

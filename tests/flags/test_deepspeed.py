@@ -94,6 +94,11 @@ def test_the_stage_is_the_flags_or_the_files_or_one(tmp_path):
             "--zero-stage 2",
             "zero_optimization.offload_param of --deepspeed-config needs --zero-stage 3, got 2; take it out",
         ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            "--zero-stage 0",
+            "zero_optimization.offload_optimizer of --deepspeed-config needs --zero-stage 1, got 0; take it out",
+        ),
         ("{", "", "--deepspeed-config must be JSON, "),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from torch.testing import assert_close
 
+from megatron_sat.engines import zero_adam
 from tests.helpers.program import SPARSE, Text, Trained, trained
 from tests.helpers.tolerances import RUN_LOSS_BF16
 from tests.helpers.zero_engine import load_library, mostly_slow, needs_deepspeed
@@ -89,7 +90,11 @@ FILES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_tunes_without_changing_the_run(name: str, text: Text, tmp_path: Path) -> None:
+def test_a_file_tunes_without_changing_the_run(
+    name: str, text: Text, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without a compiler; with one: test_deepspeed_on_host."""
+    monkeypatch.setattr(zero_adam, "_compiled_everywhere", lambda _: "no compiler")
     stage, zero = FILES[name]
     file = json.dumps({"zero_optimization": zero})
     assert_same_run(run(text, tmp_path, f"--zero-stage {stage}", ranks=2, file=file), run(text, tmp_path, WIDE))
