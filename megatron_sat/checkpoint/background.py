@@ -7,8 +7,8 @@ that ask a run to end, since the run waits for it, and ends by itself when its r
 a folder.
 
 megatron.core brings such processes too (`async_utils`, 0.16 and 0.19). This one differs in that it starts none of its
-own (one that is left behind would write on), keeps the copies until it has ended (0.16 frees them), needs no manager
-process for its answer, and hands on what the system said.
+own (one that is left behind would write on), holds no memory of the device meanwhile and no pinned memory (which 0.16
+frees while it is read), needs no manager process for its answer, and hands on what the system said.
 """
 
 import gc
@@ -48,13 +48,19 @@ class Writer:
         if request.async_fn is None:  # every tensor of this rank is another one's to write
             return
         _, buckets, self._results = request.async_fn_args
-        self._copies = [copied(bucket) for bucket in buckets]
         self._told = None
         self._answer, tell = _FORK.Pipe(duplex=False)
         how = {"transforms": request.async_fn.args[0], "folder": folder, "rank": os.getpid()}
-        self._process = _FORK.Process(target=_work, args=(self._copies, tell), kwargs=how, daemon=True)
-        self._process.start()
+        copies = [copied(bucket) for bucket in buckets]
+        self._process = _FORK.Process(target=_work, args=(copies, tell), kwargs=how, daemon=True)
+        try:
+            self._process.start()
+        except OSError as error:  # no memory or no number for another process; the other ranks hear of it in `finish`
+            self._told = (error.errno or 0, f"no process can be forked to write it: {error.strerror}")
         tell.close()
+        for _, _, (values, tensors) in buckets:  # the request stays until the end; what it holds is the process' now
+            values.clear()
+            tensors.clear()
 
     @property
     def busy(self) -> bool:
@@ -71,7 +77,7 @@ class Writer:
                 code = self._process.exitcode or 0
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
                 self._told = (0, f"the process that wrote it {how}")
-            self._release()
+            self._end()
         return self._told if isinstance(self._told, tuple) else None
 
     def hand_over(self) -> None:
@@ -85,12 +91,11 @@ class Writer:
         if self._told is None:
             self._process.kill()
             self._told = (0, "it was given up")
-            self._release()
+            self._end()
 
-    def _release(self) -> None:
+    def _end(self) -> None:
         self._process.join()
         self._answer.close()
-        self._copies = []
 
 
 def copied(bucket: Bucket) -> Bucket:

@@ -1,6 +1,7 @@
 """Saving while training goes on: the saved step's values, a name only for what is whole, no writer without its rank."""
 
 import errno
+import gc
 import os
 import resource
 import signal
@@ -17,13 +18,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_sat.checkpoint import background
 from megatron_sat.checkpoint.background import Writer, copied
 from megatron_sat.checkpoint.folder import TRACKER, folder_of, iterations, unfinished_of
 from megatron_sat.checkpoint.resume import open_checkpoint
-from megatron_sat.checkpoint.saving import NotSaved
-from tests.checkpoint.runs import BF16, LATE, begin, save
+from megatron_sat.checkpoint.saving import NotSaved, begin_checkpoint
+from tests.checkpoint.runs import BF16, LATE, begin, header, save
 from tests.helpers.plain_engine import make_engine, train
 from tests.helpers.ranks import run_ranks
 
@@ -132,6 +134,16 @@ def test_no_marker_and_no_deletion_before_the_last_rank_has_written(tmp_path: Pa
     assert second == [True, *before, *after]
 
 
+def no_memory() -> Any:
+    """A way to start processes that finds no memory for them."""
+
+    class Process(background._FORK.Process):  # type: ignore[name-defined, misc]
+        def start(self) -> None:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    return SimpleNamespace(Pipe=background._FORK.Pipe, Process=Process)
+
+
 def in_trouble(rank: int, root: Path, cause: str) -> tuple[str, list[int], bool]:
     """What a rank says of a checkpoint of which rank 1 could not write its part."""
     engine, layout = make_engine()
@@ -140,6 +152,8 @@ def in_trouble(rank: int, root: Path, cause: str) -> tuple[str, list[int], bool]
         slow(until(root / "never"))
     if rank == 1 and cause == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, resource.RLIM_INFINITY))
+    if rank == 1 and cause == "not forked":
+        background._FORK = no_memory()
     if rank == 1 and cause == "fault":
         background.write_file = lambda *args, **kwargs: ValueError("a fault of another kind")
     unfinished = begin(engine, layout, root, iteration=2)
@@ -152,6 +166,7 @@ def in_trouble(rank: int, root: Path, cause: str) -> tuple[str, list[int], bool]
 
 
 SAID = {
+    "not forked": "rank 1: no process can be forked to write it: Cannot allocate memory",
     "killed": "rank 1: the process that wrote it was killed by signal 9",
     "full": f"rank 1: {os.strerror(errno.EFBIG)}",
     "fault": "rank 1: a fault of another kind",
@@ -181,6 +196,25 @@ def nowhere(rank: int, root: Path) -> str:
 def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
     for said in run_ranks(nowhere, 2, tmp_path):
         assert "it cannot: File exists; make room" in said and said.endswith("none is there yet: start again")
+
+
+def still_held(rank: int, root: Path) -> tuple[bool, int]:
+    """Whether memory that was taken for the checkpoint alone is kept while it is written; and what was read of it."""
+    engine, layout = make_engine()
+    slow(until(root / "go"))
+    made = torch.arange(7)
+    name, memory = "sat.made", StorageWeakRef(made.untyped_storage())
+    unfinished = begin_checkpoint(root, trainer=engine, header=header(1), tensors={name: made}, layout=layout)
+    del made
+    gc.collect()
+    alive = not memory.expired()
+    (root / "go").touch()
+    return alive, int(dist_checkpointing.load_plain_tensors(str(unfinished.finish()))[name].sum())
+
+
+def test_nothing_of_a_step_is_kept_in_memory_for_its_writer(tmp_path: Path) -> None:
+    """On a device under ZeRO 3 it would be the whole model."""
+    assert run_ranks(still_held, 1, tmp_path) == [(False, 21)]
 
 
 def asked_to_end(rank: int, root: Path) -> int:
