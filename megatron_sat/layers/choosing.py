@@ -39,8 +39,7 @@ class RecordedChoice:
         self._noise = torch.empty(last.units, device=device) if self._selector.samples else None
         self._sums = torch.empty(self._selector.sums_width, device=device)
         self._buffers = [linear.packed_buffer for linear in pair.linear_pair() if linear.packed_buffer is not None]
-        self._inputs, self.bound = hidden.detach(), bound
-        self._look = lambda: forward(self._inputs, **bound)
+        self._inputs, self.bound, self._forward = hidden.detach(), bound, forward
         self._measure = recorder.record_launch(self._launch_sums, place=place)
         self._pick = recorder.record_launch(self._launch_choice, place=place)
 
@@ -63,7 +62,8 @@ class RecordedChoice:
 
     @torch.no_grad()
     def _launch_sums(self) -> None:
-        self._sums.copy_(self._pair.measured(self._look))
+        # nothing that stays may hold this object: it would live, with a rung's packed weights, until garbage is collected
+        self._sums.copy_(self._pair.measured(lambda: self._forward(self._inputs, **self.bound)))
 
     @torch.no_grad()
     def _launch_choice(self) -> None:

@@ -1,15 +1,18 @@
 """A run whose layers are replayed is the eager run, bit for bit. Without a GPU a replay computes anew."""
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from weakref import ReferenceType, WeakMethod, ref
 
 import pytest
 import torch
 
 from megatron_sat import build
 from megatron_sat.layers import graphed, recording
+from megatron_sat.layers.choosing import RecordedChoice
 from tests.helpers.program import SPARSE, Text, read_records, start, trained
 
 LADDER = f"{SPARSE} --sat-weights compact"  # .5 in steps 1 to 3, .25 in 4, dense from 5 on; four micro-batches
@@ -97,7 +100,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
     return count
 
 
-def count_of(argv: list[str], count: Counting) -> str:
+def count_of(argv: list[str], count: object) -> str:
     """Trains and says what was replayed; forked ranks count for themselves."""
     monkey = pytest.MonkeyPatch()
     monkey.setattr("megatron_sat.pretrain.distributed.leave", lambda **_: print(count))
@@ -171,6 +174,33 @@ def test_where_a_layer_cannot_be_replayed_it_is_said(flags: str, ranks: int, tex
 def test_an_evaluation_in_between_records_nothing_anew(flags: str, text: Text, counting: Counting) -> None:
     straight = count_of(text.command(f"{flags} --layer-graphs"), counting)
     assert count_of(text.command(f"{flags} --layer-graphs --eval-interval 2"), counting) == straight
+
+
+class Weak(recording.RerunRecorder):
+    """Holds what it records as a GPU's does: not what launched it."""
+
+    def __init__(self) -> None:
+        self.made: list[ReferenceType[RecordedChoice]] = []
+
+    def record_launch(self, launch: recording.Launch, *, place: int) -> recording.Launch:
+        held = WeakMethod(launch)
+        return lambda: held()()  # type: ignore[misc]
+
+    def choice(self, *args: Any, **named: Any) -> RecordedChoice:
+        made = RecordedChoice(*args, **named)
+        self.made.append(ref(made))
+        return made
+
+    def __str__(self) -> str:
+        return f"{len(self.made)} made, {sum(each() is not None for each in self.made)} there"
+
+
+def test_a_rungs_recorded_choices_go_with_it(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the collection of garbage: a rung's packed weights would stay beside those of the next until then."""
+    weak = Weak()
+    monkeypatch.setattr(build, "RerunRecorder", lambda: gc.disable() or weak)
+    monkeypatch.setattr(graphed, "RecordedChoice", weak.choice)
+    assert count_of(text.command(f"{LADDER} --layer-graphs"), weak) == "8 made, 0 there"
 
 
 class Living:
