@@ -62,7 +62,7 @@ class RecordedChoice:
 
     @torch.no_grad()
     def _launch_sums(self) -> None:
-        # nothing that stays may hold this object: it would live, with a rung's packed weights, until garbage is collected
+        # nothing that stays may hold this object: with it a rung's packed weights would stay until garbage is collected
         self._sums.copy_(self._pair.measured(lambda: self._forward(self._inputs, **self.bound)))
 
     @torch.no_grad()
