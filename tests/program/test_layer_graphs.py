@@ -1,8 +1,6 @@
 """A run whose layers are replayed is the eager run, bit for bit. Without a GPU a replay computes anew."""
 
 import gc
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from weakref import ReferenceType, WeakMethod, ref
@@ -13,7 +11,7 @@ import torch
 from megatron_sat import build
 from megatron_sat.layers import graphed, recording
 from megatron_sat.layers.choosing import RecordedChoice
-from tests.helpers.program import SPARSE, Text, read_records, start, trained
+from tests.helpers.program import SPARSE, Text, start, trained
 
 LADDER = f"{SPARSE} --sat-weights compact"  # .5 in steps 1 to 3, .25 in 4, dense from 5 on; four micro-batches
 CASES = {
@@ -243,23 +241,3 @@ def test_a_frozen_half_stays_eager() -> None:
     half = graphed.Half([linear], pair=Any, forward=linear, recorder=Counting(), place=0)  # type: ignore[arg-type]
     hidden = torch.ones(1, 1, 2, requires_grad=True)
     assert half(hidden, {}).equal(linear(hidden))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", ["dense", "ladder", "lagged"])
-@pytest.mark.parametrize("evaluated", ["", "--eval-interval 2"], ids=["straight", "evaluated"])
-def test_cuda_graphs_and_eager_runs_are_equal(evaluated: str, case: str, text: Text, tmp_path: Path) -> None:
-    """Runs in one process of its own each: forked ranks have no CUDA."""
-    found = []
-    for number, graphs in enumerate(("--no-layer-graphs", "--layer-graphs")):
-        log = tmp_path / f"{number}.jsonl"
-        flags = f"{CASES[case]} --bf16 --seq-length 128 --max-position-embeddings 128 {graphs} {evaluated}"
-        flags += f" --log-jsonl {log}"
-        flags += " --sat-channel-multiple 8" if CASES[case] else ""
-        argv = text.command(flags, without="--seq-length --max-position-embeddings")
-        command = [sys.executable, "pretrain_sat.py", *argv]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append([(line["loss"], line["grad_norm"]) for line in read_records(log)])
-    for eager, replayed in zip(*found, strict=True):
-        assert replayed == pytest.approx(eager, rel=1e-3)
