@@ -54,6 +54,7 @@ class Controller:
         """interval: steps that a choice is kept, at least 1."""
         self.schedule, self.interval = schedule, interval
         self._modules = [(module, module.selector) for module in modules if module.selector is not None]
+        self._omitted: dict[int, tuple[Kept, list[Entry]]] = {}
         self._noise = Noise()
         for selector in self.selectors:
             selector.draw_with(self._noise)
@@ -112,10 +113,20 @@ class Controller:
         return {f"{s.place.kind}.{s.place.layer}": s.choice for s in self.selectors}
 
     def omitted_entries(self) -> Iterator[Entry]:
-        """The parameter entries that take no part in the step under way: what `frozen` must hold still."""
-        for module, selector in self._modules:
-            if selector.choice is not None:
-                yield from module.entries(selector.choice.omitted())
+        """The parameter entries that take no part in the step under way: what `frozen` must hold still.
+
+        As long as a choice stays, its indices are the same tensors.
+        """
+        for number, (module, selector) in enumerate(self._modules):
+            choice = selector.choice
+            if choice is None:
+                self._omitted.pop(number, None)
+                continue
+            known = self._omitted.get(number)
+            # another choice may lie in the same tensor (`layers.choosing`), but it is another object
+            if known is None or known[0] is not choice:
+                known = self._omitted[number] = choice, module.entries(choice.omitted())
+            yield from known[1]
 
     def filled_entries(self) -> Iterator[Entry]:
         """The only entries of sparse weights and biases that get a gradient in the step under way, ascending.

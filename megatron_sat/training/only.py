@@ -86,7 +86,8 @@ def train_only(rows: NewRows, *, chunks: Sequence[torch.nn.Module], hold: Callab
         rows.clear_gradients()
 
     config.finalize_model_grads_func = finalize_and_clear
-    hold(rows.held)
+    held = list(rows.held())  # the same tensors for every update: the engine works out once where they lie
+    hold(lambda: held)
 
 
 def count_trained(rows: NewRows) -> int:

@@ -225,6 +225,38 @@ def test_nothing_is_omitted_outside_a_step_in_a_dense_one_or_before_the_choice()
         assert list(controller.omitted_entries()) == []
 
 
+def test_omitted_entries_are_the_same_tensors_as_long_as_a_choice_stays_and_new_ones_after():
+    modules = two_modules()
+    controller = control(modules, interval=2, rates=[Fraction(1, 2)] * 4)
+    asked = []
+    for step in (1, 2, 3, 4):
+        with controller.step(step):
+            forward(modules, number=step)
+            asked.append([index for _, _, index in controller.omitted_entries()])
+
+    first, second, third, fourth = asked
+    assert len(first) == 4
+    assert all(one is other for one, other in zip(first, second, strict=True))
+    assert all(one is other for one, other in zip(third, fourth, strict=True))
+    assert not any(one is other for one, other in zip(second, third, strict=True))
+
+
+def test_a_choice_that_lies_where_the_one_before_lay_is_another_choice():
+    """As a recorded choice does: it fills the same tensor anew."""
+    module = SmallModule()
+    controller = control([module], rates=[Fraction(1, 2)] * 2)
+    assert module.selector is not None
+    index = torch.arange(0, CHANNELS, 2)
+    omitted = []
+    for step in (1, 2):
+        with controller.step(step):
+            index.copy_(torch.arange(step - 1, CHANNELS, 2))
+            module.selector.settle(torch.ones(WIDTH + 1), pick=lambda sums, noise: index)
+            omitted.append([entry[2].tolist() for entry in controller.omitted_entries()][1])
+
+    assert omitted == [list(range(1, CHANNELS, 2)), list(range(0, CHANNELS, 2))]
+
+
 class Layer(Module):
     """A torch module that may carry a selector, and something else of that name."""
 
