@@ -24,7 +24,8 @@ hidden states for the next stage on the others."""
 
 Held = tuple[torch.nn.Parameter, int, Tensor]
 """(parameter, dim, index): entries of this rank's parameter that one update must leave alone. index: int64
-rows (dim 0) or columns (dim 1), or a bool mask over that dim."""
+rows (dim 0) or columns (dim 1), distinct, or a bool mask over that dim. A tensor that is handed over again, the same
+object, means the same entries as before: nobody wrote to it."""
 
 Filled = tuple[torch.nn.Parameter, int, Tensor]
 """(parameter, dim, index): the only entries of this rank's parameter whose gradient may be other than zero in the step

@@ -2,14 +2,15 @@
 
 A zero gradient is not enough: momentum and weight decay still move an entry. So the held entries of the
 weights that the inner torch optimizer steps on, and of every state tensor beside them, are copied before its
-step and written back after it. This costs one transient copy of what is held, and nothing where nothing is.
+step and written back after it. This costs one transient copy of what is held, and nothing where nothing is. What
+depends on the choice alone is worked out once a choice (`held`), and the host waits for no device in between.
 
 Where the optimizer has a parameter, whole or in part, `stretch` says. The model's own 16-bit weights follow, being
 rounded from copies that did not change.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.optimizer import (
@@ -22,9 +23,11 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
+from megatron_sat.aside.copies import Copies
+from megatron_sat.aside.lines import Lines
 from megatron_sat.engines.base import Held
-from megatron_sat.engines.pieces import Piece, pieces
-from megatron_sat.engines.stretch import Find, Stretch, stretches_of_megatron
+from megatron_sat.engines.held import HeldParts, Part
+from megatron_sat.engines.stretch import Find, stretches_of_megatron
 
 
 def hold_entries(optimizer: MegatronOptimizer, *, entries: Callable[[], Iterable[Held]]) -> None:
@@ -70,18 +73,6 @@ def _refuse_unknown(wrapper: MegatronOptimizer) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """Copies of the held entries of one rectangle: of the weights, and of each state tensor there is."""
-
-    stretch: Stretch
-    piece: Piece
-    dim: int
-    index: Tensor
-    weights: Tensor
-    state: dict[str, Tensor]
-
-
 class _Holder:
     """What happens before and after a step of one torch optimizer, and what the first passes to the second."""
 
@@ -89,53 +80,46 @@ class _Holder:
         self._optimizer = optimizer
         self._find = find
         self._entries = entries
-        self._kept: list[_Kept] = []
+        self._held: dict[frozenset[int], _Turn] = {}  # DeepSpeed's groups take turns
+        self._turn = _Turn(HeldParts(), Copies())
 
-    @torch.no_grad()
     def copy(self) -> None:
-        own = {id(main) for group in self._optimizer.param_groups for main in group["params"]}
-        for parameter, dim, index in self._entries():
-            stretch = self._find(parameter)
-            if stretch is None or id(stretch.main) not in own:
-                continue
-            columns = stretch.shape.numel() // stretch.shape[0]
-            index = index.to(stretch.main.device)
-            if index.dtype == torch.bool:
-                index = index.nonzero().flatten()
-            for piece in pieces(stretch.start, stretch.start + stretch.length, columns=columns):
-                first, last = (piece.rows, piece.columns)[dim]
-                inside = index[(index >= first) & (index < last)] - first
-                if inside.numel():
-                    self._kept.append(self._copy_piece(stretch, piece=piece, dim=dim, index=inside))
-
-    def _copy_piece(self, stretch: Stretch, *, piece: Piece, dim: int, index: Tensor) -> _Kept:
-        return _Kept(
-            stretch=stretch,
-            piece=piece,
-            dim=dim,
-            index=index,
-            weights=piece.of(stretch.of(stretch.main)).index_select(dim, index),
-            state={
-                name: piece.of(stretch.of(tensor)).index_select(dim, index)
-                for name, tensor in self._state_of(stretch.main).items()
-            },
-        )
+        own = frozenset(id(main) for group in self._optimizer.param_groups for main in group["params"])
+        self._turn = turn = self._held.setdefault(own, _Turn(HeldParts(), Copies()))
+        turn.parts = turn.held.of(self._entries(), find=self._find, own=own)
+        turn.names = {id(part.stretch.main): list(self._state_of(part)) for part in turn.parts}
+        turn.copies.copy(self._lines())
 
     @torch.no_grad()
     def write_back(self) -> None:
-        for kept in self._kept:
-            stretch = kept.stretch
-            kept.piece.of(stretch.of(stretch.main)).index_copy_(kept.dim, kept.index, kept.weights)
-            for name, tensor in self._state_of(stretch.main).items():
-                target = kept.piece.of(stretch.of(tensor))
-                if name in kept.state:
-                    target.index_copy_(kept.dim, kept.index, kept.state[name])
-                else:  # the step that makes the state: what took no part in it has no history
-                    target.index_fill_(kept.dim, kept.index, 0)
-        self._kept.clear()
+        self._turn.copies.write_back(self._lines())
+        for part in self._turn.parts:
+            for name, tensor in self._state_of(part).items():
+                if name not in self._turn.names[id(part.stretch.main)]:
+                    # the step that makes the state: what took no part in it has no history
+                    part.of(tensor).grid.index_fill_(part.dim, part.index, 0)
 
-    def _state_of(self, main: Tensor) -> dict[str, Tensor]:
-        return state_of(self._optimizer, main)
+    def _lines(self) -> Iterator[Lines]:
+        """Of weights, and of each state tensor that was there before the step, as it lies now."""
+        for part in self._turn.parts:
+            yield part.of(part.stretch.main)
+            state = self._state_of(part)
+            for name in self._turn.names[id(part.stretch.main)]:
+                yield part.of(state[name])
+
+    def _state_of(self, part: Part) -> dict[str, Tensor]:
+        return state_of(self._optimizer, part.stretch.main)
+
+
+@dataclass(eq=False)
+class _Turn:
+    """What is remembered of the steps of the same parameters, and of the one under way."""
+
+    held: HeldParts
+    copies: Copies
+    parts: list[Part] = field(default_factory=list)
+    names: dict[int, list[str]] = field(default_factory=dict)
+    """By a tensor's id, the state it had before the step."""
 
 
 def state_of(optimizer: torch.optim.Optimizer, main: Tensor) -> dict[str, Tensor]:

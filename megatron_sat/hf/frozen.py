@@ -6,13 +6,14 @@ serves any optimizer of torch that keeps its state in tensors of the parameter's
 there is one for a whole tensor, goes on.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from megatron_sat.aside.copies import Copies
+from megatron_sat.aside.lines import Lines, lines_of
 from megatron_sat.sparsity.controller import Entry
 
 
@@ -22,7 +23,7 @@ class Freezer:
     def __init__(self, optimizer: Optimizer, *, entries: Callable[[], Iterable[Entry]]) -> None:
         """entries: called before each step; (parameter, dim, index along it)."""
         self._optimizer, self._entries = optimizer, entries
-        self._copies: list[tuple[Tensor, int, Tensor, Tensor]] = []
+        self._copies, self._lines = Copies(), list[Lines]()
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._copy()),
             optimizer.register_step_post_hook(lambda *_: self._write_back()),
@@ -33,18 +34,18 @@ class Freezer:
         for hook in self._hooks:
             hook.remove()
 
-    @torch.no_grad()
     def _copy(self) -> None:
-        self._copies.clear()
+        self._lines = list(self._found())
+        self._copies.copy(self._lines)
+
+    def _write_back(self) -> None:
+        self._copies.write_back(self._lines)
+        self._lines.clear()
+
+    def _found(self) -> Iterator[Lines]:
         for parameter, dim, index in self._entries():
             # state that is born in this step is what zero gradients make of nothing: it may stay
             remembered: Any = self._optimizer.state.get(parameter, {}).values()
             for tensor in (parameter, *remembered):
                 if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
-                    self._copies.append((tensor, dim, index, tensor.index_select(dim, index)))
-
-    @torch.no_grad()
-    def _write_back(self) -> None:
-        for tensor, dim, index, values in self._copies:
-            tensor.index_copy_(dim, index, values)
-        self._copies.clear()
+                    yield lines_of(tensor, dim=dim, index=index)
