@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_sat.aside.lines import Lines, copy_by_torch, write_by_torch
-from megatron_sat.aside.table import Table
+from megatron_sat.aside.table import Table, available
 
 KERNELS_ON = "cuda"
 """Type of device whose matrices are moved by a kernel, all at once."""
@@ -42,7 +42,7 @@ class Copies:
         for kind, batch in batches.items():
             device, dtype = kind
             aside = torch.empty(sum(each.numel for each in batch), dtype=dtype, device=device)
-            if device.type == KERNELS_ON:
+            if _by_kernel(device):
                 self._table(kind, batch).copy(aside)
             else:
                 copy_by_torch(batch, aside)
@@ -53,7 +53,7 @@ class Copies:
         """Put what `copy` kept to where they are, and let it go."""
         for kind, batch in _by_kind(lines).items():
             aside = self._copies.pop(kind)
-            if kind[0].type == KERNELS_ON:
+            if _by_kernel(kind[0]):
                 self._table(kind, batch).write(aside)
             else:
                 write_by_torch(batch, aside)
@@ -64,6 +64,10 @@ class Copies:
         if known is None or known.where != where:
             known = self._tables[kind] = _Remembered(where, Table(lines))
         return known.table
+
+
+def _by_kernel(device: torch.device) -> bool:
+    return device.type == KERNELS_ON and available()
 
 
 def _by_kind(lines: Iterable[Lines]) -> dict[Kind, list[Lines]]:

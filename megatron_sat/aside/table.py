@@ -7,6 +7,7 @@ launches each way. The table is made once, and serves as long as everything stay
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -60,7 +61,12 @@ def _entry(lines: Lines, *, index: Tensor, first: int) -> tuple[int, ...]:
     return address, index.data_ptr(), first, *packed, *strides, int(by_rows)
 
 
+def available() -> bool:
+    """Whether Triton is there, which comes with torch's builds for a GPU."""
+    return find_spec("triton") is not None
+
+
 @cache
 def _kernels() -> Any:
-    """Only where a GPU is: Triton comes with torch's builds for one."""
+    """Only where a GPU is."""
     return import_module("megatron_sat.aside.kernels")

@@ -7,6 +7,7 @@ inductor makes of the same for any shape not much more (H100). What they move is
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ def unpack(full: Tensor, index: Tensor, *, dim: int) -> None:
     """full: [n, h] or [h, n], zero but for its front, which holds the k rows (dim 0) or columns (dim 1) ``index`` [k]
     packed, [k, h] or [h, k]. Afterwards each is in its place, and the rest is zero.
     """
-    if full.is_cuda:
-        (_rows_by_kernels if dim == 0 else _columns_by_kernels)(full, index, kernels=_kernels())
+    kernels = _kernels() if full.is_cuda else None
+    if kernels is not None:
+        (_rows_by_kernels if dim == 0 else _columns_by_kernels)(full, index, kernels=kernels)
         return
     shape = (index.numel(), full.size(1)) if dim == 0 else (full.size(0), index.numel())
     packed = full.view(-1)[: shape[0] * shape[1]].view(shape).clone()
@@ -75,5 +77,5 @@ def parts(rows: int, *, kept: int, width: int) -> Iterator[int]:
 
 @cache
 def _kernels() -> Any:
-    """Only where a GPU is: Triton comes with torch's builds for one."""
-    return import_module("megatron_sat.sparsity.unpack_kernels")
+    """None where Triton is missing, which comes with torch's builds for a GPU: then torch moves them."""
+    return import_module("megatron_sat.sparsity.unpack_kernels") if find_spec("triton") else None

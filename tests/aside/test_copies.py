@@ -186,3 +186,16 @@ def test_a_gpu_moves_what_torch_moves_and_the_host_never_waits() -> None:
         copies.write_back(lines)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_without_triton_torch_moves_what_lies_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU stands in for one."""
+    monkeypatch.setattr("megatron_sat.aside.copies.KERNELS_ON", "cpu")
+    monkeypatch.setattr("megatron_sat.aside.table.find_spec", lambda name: None)
+    tensor = torch.arange(12.0).view(3, 4)
+    copies, lines = Copies(), [lines_of(tensor, dim=0, index=torch.tensor([1]))]
+    copies.copy(lines)
+    tensor.zero_()
+    copies.write_back(lines)
+    assert tensor[1].tolist() == [4.0, 5.0, 6.0, 7.0]
+    assert tensor.sum() == 22

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_sat.sparsity import unpack as by_kernels
 from megatron_sat.sparsity.unpack import parts, unpack
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +77,14 @@ def test_the_kernels_move_what_torch_moves() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == [str(len(cases()))]
+
+
+def test_without_triton_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `unpack` goes on by torch."""
+    monkeypatch.setattr(by_kernels, "find_spec", lambda name: None)
+    by_kernels._kernels.cache_clear()
+    assert by_kernels._kernels() is None
+    by_kernels._kernels.cache_clear()
 
 
 COMPILED = """
