@@ -8,6 +8,9 @@ is reduced is the layers' weights, in megatron.core's DDP: all-reduced, and shar
 all at once after the backward, and bucket by bucket as where both overlap (here without a backward beside it).
 Neurons are chosen at random. Prints a table and writes JSON and a picture: bytes that a rank hands to collectives,
 milliseconds (median, of the slowest rank), how far the sums are from those of the full reduction.
+
+Full reductions inside one host also go into what tools/plan.py predicts from, benchmarks/results/gemm-<device>.json,
+where bench_layer.py has left that; --no-hardware leaves it as it is.
 """
 
 import argparse
@@ -35,12 +38,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from benchmarks.pictures import draw_reduction
-from benchmarks.program import MODELS, Size, flags, write_json
+from benchmarks.program import MODELS, ROOT, Size, about, device_name, flags, write_json
+from benchmarks.rates import add_collectives
 from benchmarks.wire import counted
 from megatron_sat import cli, distributed, faults
 from megatron_sat.config import Config
 from megatron_sat.engines.ddp import wrap_chunks
 from megatron_sat.engines.sparse_reduce import SparseReduction
+from megatron_sat.estimate.hardware import slug
 from megatron_sat.layers import fused
 from megatron_sat.layers.attach import attach_selectors
 from megatron_sat.model.builder import build_chunks, embedding_of
@@ -81,8 +86,25 @@ def main(argv: Sequence[str]) -> None:
         for reduction, bucketed in CASES
         for row in measure(config, reduction=reduction, bucketed=bucketed, rates=args.rates, repeats=args.repeats)
     ]
-    report(rows, title=f"{size.model}, {size.layers} layers, {ranks} ranks, {dist.get_backend()}", out=args.out)
+    title = f"{size.model}, {size.layers} layers, {ranks} ranks, {dist.get_backend()}"
+    replicas = config.parallel.data * config.parallel.context  # that share gradients; fewer than ranks with --flags
+    report(rows, title=title, replicas=replicas, out=args.out)
+    if args.hardware is not None and dist.get_rank() == 0:
+        keep(rows, replicas=replicas, hosts=launch.hosts, table=args.hardware)
     dist.barrier()
+
+
+def keep(rows: Sequence[dict[str, Any]], *, replicas: int, hosts: int, table: Path) -> None:
+    """Add what was measured to the device's table, or say why not: the measurement itself is printed and written."""
+    if hosts > 1:
+        log.say(f"{table} holds what GPUs of one host do, these are of {hosts}: nothing was added to it")
+        return
+    try:
+        added = add_collectives(table, rows, ranks=replicas, about=about()).collectives
+    except ValueError as error:
+        log.say(f"nothing was added for tools/plan.py: {error}")
+        return
+    log.say(f"{len(added)} collectives: {table}")
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -94,6 +116,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10, help=f"timed reductions, after {WARM_UP} that are not")
     parser.add_argument("--flags", default="", help="more flags of pretrain_sat.py, in one string")
     parser.add_argument("--out", type=Path, help="JSON file; the picture lies beside it")
+    results = ROOT / "benchmarks" / "results" / f"gemm-{slug(device_name())}.json"
+    parser.add_argument("--hardware", type=Path, default=results, help="the table that tools/plan.py reads")
+    parser.add_argument("--no-hardware", action="store_const", const=None, dest="hardware", help="leave it as it is")
     args = parser.parse_args(argv)
     if any(not 0 < rate < 1 for rate in args.rates):
         parser.error("--rates must lie between 0 and 1; everything, rate 0, is always measured")
@@ -150,8 +175,10 @@ def measure(
             apart = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, found, strict=True))
             del expected, found
             rows.append({"rate": float(rate), **time_of(chunks, repeats=repeats), "apart": of_slowest(apart)})
+    buckets = [bucket for chunk in chunks for group in chunk.bucket_groups for bucket in group.buckets]
+    divided = any(bucket.gradient_scaling_factor != 1.0 for bucket in buckets)
     for row in rows:
-        row |= {"reduction": reduction, "bucketed": bucketed}
+        row |= {"reduction": reduction, "bucketed": bucketed, "divided": divided}
         row |= {"share": row["bytes"] / rows[0]["bytes"], "speed": rows[0]["seconds"] / row["seconds"]}
     return rows
 
@@ -229,7 +256,7 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def report(rows: Sequence[dict[str, Any]], *, title: str, out: Path | None) -> None:
+def report(rows: Sequence[dict[str, Any]], *, title: str, replicas: int, out: Path | None) -> None:
     """The table on the console, and everything in the JSON file; rank 0 alone."""
     columns = ("reduction", "buckets", "rate", "MiB", "of full", "ms", "times as fast", "MiB beside", "apart")
     log.table(
@@ -251,7 +278,7 @@ def report(rows: Sequence[dict[str, Any]], *, title: str, out: Path | None) -> N
         ],
     )
     if out is not None and dist.get_rank() == 0:
-        write_json(out, {"title": title, "rows": list(rows)})
+        write_json(out, {"title": title, "replicas": replicas, "rows": list(rows)})
         draw_reduction(rows, out.with_suffix(".png"), title=title)
 
 

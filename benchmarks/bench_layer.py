@@ -50,6 +50,7 @@ from benchmarks.rates import (
     Outside,
     Sizes,
     choosing_rows,
+    collectives_in,
     measure_attention,
     measure_bytes_per_second,
     measure_outside,
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
             torch.cuda.empty_cache()
     distributed.leave()
     if args.hardware is not None:
-        hardware = describe_hardware(measured)
+        hardware = describe_hardware(measured, before=args.hardware)
         save(hardware, args.hardware)
         log.say(f"{len(hardware.products)} products, {len(hardware.attention)} attentions: {args.hardware}")
 
@@ -121,8 +122,9 @@ def measure_model(model: str, measured: Measured, *, args: argparse.Namespace) -
             measured.attention |= set(wanted_attention(run.shape, kept, tokens=args.tokens))
 
 
-def describe_hardware(measured: Measured) -> Hardware:
-    """Measure the shapes that the models have, and put everything together."""
+def describe_hardware(measured: Measured, *, before: Path) -> Hardware:
+    """Measure the shapes that the models have, and put everything together. before: the device's table until now, whose
+    collectives stay."""
     rows, dtype = measured.rows, dtype_here()
     largest = max(measured.outside, key=lambda each: each.tokens * each.hidden_size)  # the least bound by launches
     return Hardware(
@@ -135,6 +137,7 @@ def describe_hardware(measured: Measured) -> Hardware:
         update_seconds_per_parameter=largest.per_parameter,
         launch_seconds=launch_seconds(rows),
         about=about(),
+        **collectives_in(before, device=device_name()),
     )
 
 

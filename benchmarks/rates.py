@@ -1,13 +1,14 @@
 """What a device does with the parts of a step, each by itself: products by shape, attention, activations, the rest.
 
 The result is a `Hardware`, which `tools/plan.py` predicts runs from. Shapes are those that the layers of given models
-have when dense, and when sparse at some rates.
+have when dense, and when sparse at some rates. `bench_comm` adds what several devices do together.
 """
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,17 @@ from torch import Tensor
 from benchmarks.program import first_batches
 from benchmarks.timing import median_seconds
 from megatron_sat.build import Run
-from megatron_sat.estimate.hardware import Attended, Choosing, Kind, Product
+from megatron_sat.estimate.hardware import (
+    Attended,
+    Choosing,
+    Collective,
+    Hardware,
+    Kind,
+    Product,
+    Reduction,
+    load,
+    save,
+)
 from megatron_sat.estimate.step import KINDS, linears, product_sizes
 from megatron_sat.layers.fused import add_weight_gradient
 from megatron_sat.model.flops import KeptShape, ModelShape
@@ -159,3 +170,58 @@ def choosing_rows(layers: Sequence[dict[str, Any]]) -> list[Choosing]:
         )
         found.setdefault(choosing.sizes, choosing)
     return list(found.values())
+
+
+REDUCTIONS: dict[str, Reduction] = {"all-reduce": "all-reduce", "sharded": "reduce-scatter"}
+"""By the name of `bench_comm`'s cases, the collective that they make."""
+
+
+def collective_rows(reductions: Sequence[dict[str, Any]], *, ranks: int, bytes_per_second: float) -> list[Collective]:
+    """Of `bench_comm`'s rows, whole reductions as so many equal calls, without what the DDP does before: it divides
+    the gradients by the number of replicas, in a kernel that reads and writes them once.
+
+    bytes_per_second: of such a kernel. Raises ValueError where that leaves nothing.
+    """
+    found = []
+    for row in (row for row in reductions if row["rate"] == 0):
+        divided = 2 * row["bytes"] / bytes_per_second if row["divided"] else 0.0
+        seconds = row["seconds"] - divided
+        if not seconds > 0:
+            raise ValueError(
+                f"a reduction must take longer than dividing its gradients ({1e3 * divided:.3g} ms by the table), got "
+                f"{1e3 * row['seconds']:.3g} ms; measure the table again, on this machine: benchmarks/bench_layer.py"
+            )
+        calls = row["calls"]
+        kind, size = REDUCTIONS[row["reduction"]], row["bytes"] // calls
+        found.append(Collective(kind=kind, ranks=ranks, size=size, seconds=seconds / calls))
+    return found
+
+
+def add_collectives(
+    path: Path, reductions: Sequence[dict[str, Any]], *, ranks: int, about: Mapping[str, Any]
+) -> Hardware:
+    """Put what ``ranks`` devices of one host were measured to do into the table at ``path``, instead of what that had.
+
+    about: where it comes from, its device included. Raises ValueError where there is no table or another device's.
+    """
+    table = load(path)
+    if table.name != about["device"]:
+        raise ValueError(
+            f"--hardware must be the table of {about['device']}, {path} is that of {table.name}; name another file"
+        )
+    rows = collective_rows(reductions, ranks=ranks, bytes_per_second=table.bytes_per_second)
+    table = replace(table, collectives=tuple(rows), collectives_about=dict(about))
+    save(table, path)
+    return table
+
+
+def collectives_in(path: Path, *, device: str) -> dict[str, Any]:
+    """Fields of `Hardware` that `add_collectives` has put into the table at ``path``; none where there is no table, no
+    readable one, or one of another device."""
+    try:
+        table = load(path)
+    except ValueError:
+        return {}
+    if table.name != device:
+        return {}
+    return {"collectives": table.collectives, "collectives_about": table.collectives_about}

@@ -42,8 +42,9 @@ from megatron_sat.estimate.accuracy import (
 )
 from megatron_sat.estimate.asked import ask
 from megatron_sat.estimate.benched import Benched, read_benched
-from megatron_sat.estimate.forecast import Links, forecast, layer_of, spread_of, step_of
+from megatron_sat.estimate.forecast import communication, forecast, layer_of, spread_of, step_of
 from megatron_sat.estimate.hardware import Hardware, find, load
+from megatron_sat.estimate.links import links_of
 from megatron_sat.model.flops import ModelShape
 from megatron_sat.rehearsal.cluster import Cluster
 from megatron_sat.rehearsal.rehearse import model_shape, take, vocabulary_rows
@@ -90,7 +91,7 @@ def _predict(args: argparse.Namespace, rest: Sequence[str], *, hardware: Hardwar
     with tempfile.TemporaryDirectory() as folder:
         cuda = _is_gpu(hardware)
         config = ask(line, hf=args.hf, world_size=cluster.world_size, cuda=cuda, folder=Path(folder))
-    links = Links(inside=cluster.kind.nvlink / 2, across=None if args.network is None else 1e9 * args.network)
+    links = links_of(hardware, cluster=cluster, network=None if args.network is None else 1e9 * args.network)
     found = forecast(config, shape=_shape(config), hardware=hardware, cluster=cluster, links=links)
     plan.show(found.plan)
     log.table("predicted", found.columns(), found.rows())
@@ -151,7 +152,9 @@ def _steps(size: Size, more: Sequence[str], *, benched: Benched, hardware: Hardw
     more = ["--tensor-model-parallel-size", str(benched.tensor), *more]
     config = _ran(size, more, ranks=ranks, hardware=hardware)
     shape = _shape(config)
-    spread = spread_of(config, cluster=cluster, links=Links(inside=cluster.kind.nvlink / 2, across=None))
+    spread = spread_of(config, cluster=cluster, links=links_of(hardware, cluster=cluster, network=None))
+    for sentence in communication(spread):
+        log.say(f"note: {sentence}")
 
     def predict(rate: Fraction) -> float:
         kept = kept_of(config, shape=shape, rate=rate)

@@ -39,17 +39,19 @@ class Compared:
 
 
 def kind_of(found: Mapping[str, Any]) -> Literal["step", "ladder", "layer"]:
-    """Which benchmark left this. Raises ValueError for anything else, and for a step that does not say its size."""
+    """Which benchmark left this. Raises ValueError for anything else, and for what does not say its size and rates."""
     rows = found.get("rows") or [{}]
-    if "runs" in found and "size" in found:
-        return "ladder"
-    if "layer_seconds" in rows[0]:
+    records = [record for run in found.get("runs", {}).values() for record in run]
+    if "runs" in found:
+        if "size" in found and all("nominal_omission_rate" in record for record in records):
+            return "ladder"
+    elif "layer_seconds" in rows[0]:
         return "layer"
-    if "seconds" in rows[0] and "size" in found:
+    elif "seconds" in rows[0] and "size" in found:
         return "step"
     raise ValueError(
-        "--compare must be what bench_step, bench_ladder or bench_layer wrote, with its size; got something else, or a "
-        "file from before they wrote it: measure again with --out"
+        "--compare must be what bench_step, bench_ladder or bench_layer wrote, with its size and each step's rate; "
+        "got something else, or a file from before they wrote that: measure again with --out"
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_sat.build import kept_of, plan_of, recompute_of
 from megatron_sat.config import Config
 from megatron_sat.estimate.hardware import FAR, Hardware
+from megatron_sat.estimate.links import Links
 from megatron_sat.estimate.step import Batch, Spread, StepTime, layer_seconds, predict_step
 from megatron_sat.model.flops import NO_RECOMPUTE, KeptShape, ModelShape
 from megatron_sat.plan import Plan, PlannedRung, span, stretches
@@ -132,16 +133,6 @@ class Forecast:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Links:
-    """Bytes a second that a GPU sends, each way."""
-
-    inside: float
-    """To GPUs of its host."""
-    across: float | None
-    """To other hosts; None: nobody said."""
-
-
 def forecast(config: Config, *, shape: ModelShape, hardware: Hardware, cluster: Cluster, links: Links) -> Forecast:
     """Predict the run of ``config``, a model of ``shape``.
 
@@ -167,7 +158,10 @@ def forecast(config: Config, *, shape: ModelShape, hardware: Hardware, cluster: 
         memory=memory_of(config, shape=shape, plan=plan),
         hardware=hardware,
         world_size=cluster.world_size,
-        remarks=tuple(_remarks(config, steps=[dense, *(rung.step for rung in rungs)], replayed=replayed)),
+        remarks=(
+            *_remarks(config, steps=[dense, *(rung.step for rung in rungs)], replayed=replayed),
+            *communication(spread),
+        ),
     )
 
 
@@ -263,6 +257,16 @@ def _remarks(config: Config, *, steps: Sequence[StepTime], replayed: float) -> l
             f"a shape is {distance:.1f} away from all that were measured (4 times in one size is {FAR:.1f}): a guess; "
             "measure it with benchmarks/bench_layer.py --models and --tokens"
         )
-    if config.parallel.world_size > 1:
-        found.append("communication is by data sheets, not measured")
+    return found
+
+
+def communication(spread: Spread) -> list[str]:
+    """Where the times come from that ranks take to talk, a sentence a way in which they do."""
+    found = []
+    if spread.tensor > 1:
+        found.append(f"tensor parallelism communicates by {spread.tensor_link.source}")
+    if spread.data > 1:
+        found.append(f"replicas communicate by {spread.data_link.source}")
+    if len(spread.layers) > 1:
+        found.append("what pipeline ranks pass on is not counted")
     return found

@@ -1,14 +1,15 @@
 """What one device was measured to do: products of matrices by shape, attention, and what else a step is made of.
 
-`benchmarks/bench_layer.py` measures it and leaves a JSON file, one a device; nobody edits it. Between the shapes that
-were measured a rate is interpolated in the logarithms of the sizes. Seconds are those of the device, but for
-`Choosing.seconds` and `launch_seconds`, in which the host launches as it goes.
+`benchmarks/bench_layer.py` measures it and leaves a JSON file, one a device, to which `benchmarks/bench_comm.py` adds
+what several of them take to send each other tensors; nobody edits it. Between the shapes that were measured a rate is
+interpolated in the logarithms of the sizes. Seconds are those of the device, but for `Choosing.seconds` and
+`launch_seconds`, in which the host launches as it goes.
 """
 
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +18,7 @@ NEIGHBOURS = 4
 FAR = math.log(4)
 """A shape this far (Euclidean distance of logarithms) from all that were measured is a guess, and is said to be one."""
 Kind = Literal["forward", "input", "weight"]
+Reduction = Literal["all-reduce", "reduce-scatter"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,31 @@ class Choosing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Collective:
+    """One call over GPUs of one host, and nothing beside it."""
+
+    kind: Reduction
+    ranks: int
+    size: int
+    """Bytes that each rank hands in."""
+    seconds: float
+
+    @property
+    def bytes_per_second(self) -> float:
+        """That a rank sends."""
+        return sent(self.kind, ranks=self.ranks, size=self.size) / self.seconds
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.ranks, self.size
+
+
+def sent(kind: Reduction, *, ranks: int, size: int) -> float:
+    """Bytes that a rank of a ring sends for a tensor of ``size`` bytes."""
+    return (2 if kind == "all-reduce" else 1) * (ranks - 1) / ranks * size
+
+
+@dataclass(frozen=True, kw_only=True)
 class Hardware:
     """One kind of device."""
 
@@ -100,14 +127,23 @@ class Hardware:
     """What the host needs to ask for a layer's forward and backward, kernel by kernel."""
     about: dict[str, Any]
     """Command, commit, versions."""
+    collectives: tuple[Collective, ...] = ()
+    """Of several such devices in one host; none: nobody measured."""
+    collectives_about: dict[str, Any] = field(default_factory=dict)
+    """Command, commit, versions: theirs."""
 
     def __post_init__(self) -> None:
-        for rows in (self.products, self.attention):
+        for rows in (self.products, self.attention, self.collectives):
             for row in rows:
                 if not row.seconds > 0:
                     raise ValueError(f"a measured time must be above 0, got {row}; measure again")
         if not self.bytes_per_second > 0:
             raise ValueError(f"bytes_per_second must be above 0, got {self.bytes_per_second}; measure again")
+        if self.collectives and not {"command", "commit"} <= self.collectives_about.keys():
+            raise ValueError(
+                f"collectives_about must hold the command and commit of the collectives, got {self.collectives_about}; "
+                "measure them again with benchmarks/bench_comm.py"
+            )
 
     def product_seconds(self, kind: Kind, *, m: int, n: int, k: int) -> "Figure":
         """How long one product takes; sizes as in `Product`."""
@@ -194,6 +230,7 @@ def load(path: Path) -> Hardware:
                 "products": _rows(Product, stored["products"]),
                 "attention": _rows(Attended, stored["attention"]),
                 "choosing": _rows(Choosing, stored["choosing"]),
+                "collectives": _rows(Collective, stored.get("collectives", ())),
             }
         )
     except (ValueError, KeyError, TypeError) as error:

@@ -3,8 +3,8 @@
 A layer's micro-batch is its products (a forward and two of the backward each, interpolated from measured shapes), its
 attention (measured rate), and what it streams through memory between them (bytes over measured bandwidth); it takes
 the host's launches where those are longer and it is not replayed. To all micro-batches come embedding, head and
-loss, and once a step the choosing and packing, the update, and what communication does not hide. Communication is of
-data sheets, the rest was measured (`hardware`). Nothing else overlaps, and nothing is fitted to whole steps.
+loss, and once a step the choosing and packing, the update, and what communication does not hide, at the pace of the
+links (`links`). Nothing else overlaps, and nothing is fitted to whole steps.
 
 Shapes: `h` hidden, `d` head dim, `f` channels, `p` TP size.
 """
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
-from megatron_sat.estimate.hardware import Figure, Hardware, Kind
+from megatron_sat.estimate.hardware import Figure, Hardware, Kind, Reduction
+from megatron_sat.estimate.links import Link
 from megatron_sat.model.flops import NO_RECOMPUTE, KeptShape, ModelShape, Recompute, whole
 from megatron_sat.rehearsal.memory import Cut, layer_matrices, parameters
 
@@ -27,6 +28,8 @@ PARAMETER = 2
 """Bytes of a parameter that is gathered, bf16."""
 ATTENTION_FORWARD = 2 / 7
 """Of an attention's time: its kernel does two products forward, and five backward."""
+UNJOINED = Link(source="nobody", bytes_per_second=0.0)
+"""Of ranks that send nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """How the work lies on GPUs, and what joins them. Bytes a second are those that a GPU sends."""
+    """How the work lies on GPUs, and what joins them."""
 
     layers: tuple[int, ...]
     """Of each pipeline rank."""
@@ -47,9 +50,9 @@ class Spread:
     """Model chunks a pipeline rank."""
     tensor: int = 1
     sequence_parallel: bool = False
-    tensor_link: float = 0.0
+    tensor_link: Link = UNJOINED
     data: int = 1
-    data_link: float = 0.0
+    data_link: Link = UNJOINED
     shards_update: bool = False
     """Replicas share the update: the distributed optimizer."""
     overlaps_reduction: bool = False
@@ -76,7 +79,8 @@ class StepTime:
     waiting: float
     """A pipeline's ranks for each other."""
     reduction: float
-    """Over replicas, as far as it is not hidden: of gradients, and of parameters that each updates a part of."""
+    """Over replicas, as far as it is not hidden: of gradients, divided before, and of parameters that each updates a
+    part of."""
     distance: float
     """Of the shape that is farthest from all that were measured; `hardware.FAR` is far."""
 
@@ -144,7 +148,8 @@ def predict_step(
         update=number * hardware.update_seconds_per_parameter / (spread.data if spread.shards_update else 1),
         tensor=batch.micro_batches * here * sums,
         waiting=(len(spread.layers) - 1) * longest / spread.virtual,
-        reduction=_reduction_seconds(number - omitted, spread=spread, backward=2 / 3 * here * layer)
+        reduction=_dividing_seconds(number, spread=spread, bytes_per_second=hardware.bytes_per_second)
+        + _reduction_seconds(number - omitted, spread=spread, backward=2 / 3 * here * layer)
         + _gathering_seconds(number, spread=spread, forward=1 / 3 * here * layer),
         distance=max(figure.distance for figure in parts),
     )
@@ -262,22 +267,30 @@ def _longest_stage(spread: Spread, *, layer: float, head: float) -> tuple[int, f
 
 
 def tensor_seconds(shape: ModelShape, *, tokens: int, spread: Spread) -> float:
-    """A layer's four sums over [tokens, h] (Shoeybi et al. 2019, figure 4), none of them hidden."""
+    """A layer's four sums over [tokens, h] (Shoeybi et al. 2019, figure 4), none of them hidden.
+
+    With sequence parallelism each is two halves: ranks get parts of the sum, and gather them when they need the whole.
+    """
     if spread.tensor == 1:
         return 0.0
-    sent = 4 * 2 * (spread.tensor - 1) / spread.tensor * tokens * shape.hidden_size * ACTIVATION
-    return sent / spread.tensor_link
+    seconds = partial(spread.tensor_link.seconds, ranks=spread.tensor, size=tokens * shape.hidden_size * ACTIVATION)
+    return 4 * (2 * seconds("reduce-scatter") if spread.sequence_parallel else seconds("all-reduce"))
+
+
+def _dividing_seconds(number: int, *, spread: Spread, bytes_per_second: float) -> float:
+    """Before replicas send ``number`` gradients they divide them: Megatron's DDP, in a kernel that nothing hides."""
+    return 0.0 if spread.data == 1 else 2 * number * GRADIENT / bytes_per_second
 
 
 def _reduction_seconds(number: int, *, spread: Spread, backward: float) -> float:
     """Of ``number`` gradients over the replicas; what is left of it beside the last micro-batch's backward.
 
-    A replica that updates a part alone needs the sum of that part: half of what all of it takes each of them.
+    A replica that updates a part alone needs the sum of that part alone.
     """
     if spread.data == 1:
         return 0.0
-    rounds = 1 if spread.shards_update else 2
-    seconds = rounds * (spread.data - 1) / spread.data * number * GRADIENT / spread.data_link
+    kind: Reduction = "reduce-scatter" if spread.shards_update else "all-reduce"
+    seconds = spread.data_link.seconds(kind, ranks=spread.data, size=number * GRADIENT)
     return max(seconds - backward, 0.0) if spread.overlaps_reduction else seconds
 
 
@@ -285,5 +298,5 @@ def _gathering_seconds(number: int, *, spread: Spread, forward: float) -> float:
     """Of ``number`` parameters, updated in parts; what is left of it beside the next step's first forward."""
     if spread.data == 1 or not spread.shards_update:
         return 0.0
-    seconds = (spread.data - 1) / spread.data * number * PARAMETER / spread.data_link
+    seconds = spread.data_link.seconds("reduce-scatter", ranks=spread.data, size=number * PARAMETER)
     return max(seconds - forward, 0.0) if spread.overlaps_gathering else seconds

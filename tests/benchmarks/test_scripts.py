@@ -15,6 +15,7 @@ from benchmarks import bench_ladder, bench_layer, bench_step
 from benchmarks.ladders import LADDERS, read_records
 from megatron_sat import pretrain
 from megatron_sat.estimate import hardware
+from tests.estimate.tables import even
 from tests.helpers.ranks import run_ranks
 
 SMALL = "--seq-length 32 --vocabulary 128".split()
@@ -108,6 +109,9 @@ def test_bench_step_without_twins_takes_none_and_a_bare_flag_is_fp32():
 def test_bench_layer_times_a_layer_and_leaves_a_table_of_the_hardware(tmp_path):
     line = [*SMALL, *"--tokens 32 64 --rates 1/2 --steps 1 --models tiny --flags=--sat-temperature=0.1".split()]
     files = ["--out", tmp_path / "layer.json", "--hardware", tmp_path / "gemm-cpu.json"]
+    collectives = (hardware.Collective(kind="all-reduce", ranks=2, size=10**6, seconds=1e-3),)
+    added = even(name="CPU", collectives=collectives, collectives_about={"command": "some", "commit": "any"})
+    hardware.save(added, tmp_path / "gemm-cpu.json")
     table = run(bench_layer.main, *line, *files)
     stored = json.loads((tmp_path / "layer.json").read_text())
     rows = stored["rows"]
@@ -125,6 +129,8 @@ def test_bench_layer_times_a_layer_and_leaves_a_table_of_the_hardware(tmp_path):
     assert (tmp_path / "layer.png").read_bytes().startswith(PNG)
     found = hardware.load(tmp_path / "gemm-cpu.json")
     assert found.name == "CPU"
+    assert (found.collectives, found.collectives_about) == (added.collectives, added.collectives_about)
+    assert found.bytes_per_second != added.bytes_per_second, "all else is measured again"
     assert len({each.sizes for each in found.products if each.kind == "forward"}) > 30
     dense = [each.sizes for each in found.products if each.kind == "weight"]
     assert (3 * 128, 128, 64) in dense, "QKV's rows, its inputs, and the tokens they are summed over"

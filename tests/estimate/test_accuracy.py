@@ -61,7 +61,14 @@ def test_a_file_is_known_by_what_it_holds():
     assert kind_of({"size": SIZE, "rows": [], "runs": {"dense": []}}) == "ladder"
 
 
-OTHERS = [{}, {"rows": []}, {"rows": [{"seconds": 1.0}]}, {"rows": [{"bytes": 1}], "size": SIZE}]
+OTHERS = [
+    {},
+    {"rows": []},
+    {"rows": [{"seconds": 1.0}]},
+    {"rows": [{"bytes": 1}], "size": SIZE},
+    {"rows": [{"seconds": 1.0}], "size": SIZE, "runs": {"sft": [{"step_seconds": 1.0}]}},  # of which rate?
+    {"rows": [], "runs": {"sft": run_of((0.5, [1.0]))}},
+]
 
 
 @pytest.mark.parametrize("found", OTHERS)

@@ -8,7 +8,8 @@ import pytest
 
 from megatron_sat.build import plan_of
 from megatron_sat.config import Config
-from megatron_sat.estimate.forecast import Forecast, Links, forecast, layer_of, spread_of
+from megatron_sat.estimate.forecast import Forecast, communication, forecast, layer_of, spread_of
+from megatron_sat.estimate.links import Link, Links
 from megatron_sat.estimate.step import Batch, Spread, predict_step
 from megatron_sat.flags.defaults import Machine
 from megatron_sat.model.flops import kept_shape, whole
@@ -18,7 +19,8 @@ from tests.estimate.tables import even
 from tests.helpers.command_line import LADDER, run
 
 CUDA = Machine(cuda=True)
-LINKS = Links(inside=1e11, across=None)
+NVLINK, NETWORK = Link(source="inside", bytes_per_second=1e11), Link(source="across", bytes_per_second=5e9)
+LINKS = Links(inside=NVLINK, across=None)
 
 
 def shape_of(config: Config) -> Any:
@@ -119,9 +121,9 @@ def test_the_layout_of_the_run_is_that_of_the_prediction():
         layers=(2, 2),
         tensor=2,
         sequence_parallel=True,
-        tensor_link=1e11,
+        tensor_link=NVLINK,
         data=2,
-        data_link=1e11,
+        data_link=NVLINK,
         shards_update=True,
         overlaps_reduction=True,
         overlaps_gathering=True,
@@ -138,7 +140,7 @@ def test_replicas_on_several_hosts_use_the_network_and_someone_must_say_how_fast
     cluster = Cluster(gpu="h100", world_size=4, per_host=2)
     with pytest.raises(ValueError, match=r"--network must say how fast 2 hosts are joined .* 4 replicas of 1 GPUs"):
         spread_of(config, cluster=cluster, links=LINKS)
-    assert spread_of(config, cluster=cluster, links=Links(inside=1e11, across=5e9)).data_link == 5e9
+    assert spread_of(config, cluster=cluster, links=Links(inside=NVLINK, across=NETWORK)).data_link == NETWORK
 
 
 def test_context_parallelism_is_not_predicted():
@@ -172,8 +174,17 @@ def test_what_the_prediction_does_not_know_is_said(more, remark):
 
 
 def test_a_default_run_on_one_gpu_needs_no_word_on_metrics_or_communication():
-    assert not any("choosing" in said or "communication" in said for said in predicted().remarks)
-    assert "communication is by data sheets, not measured" in predicted(ranks=2).remarks
+    assert not any("choosing" in said or "communicate" in said for said in predicted().remarks)
+    assert "replicas communicate by inside" in predicted(ranks=2).remarks
+
+
+def test_each_way_in_which_ranks_talk_says_where_its_times_come_from():
+    assert communication(Spread(layers=(4,))) == []
+    assert communication(Spread(layers=(2, 2), tensor=2, tensor_link=NVLINK, data=2, data_link=NETWORK)) == [
+        "tensor parallelism communicates by inside",
+        "replicas communicate by across",
+        "what pipeline ranks pass on is not counted",
+    ]
 
 
 def test_a_layer_alone_is_that_of_a_step_without_launches():

@@ -8,6 +8,7 @@ import pytest
 from megatron_sat.estimate.hardware import (
     FAR,
     Attended,
+    Collective,
     Product,
     find,
     interpolate,
@@ -80,6 +81,36 @@ def test_attention_counts_the_operations_of_the_model():
 def test_a_table_is_read_back_as_it_was_saved(tmp_path):
     save(even(), tmp_path / "results" / "gemm-even.json")
     assert load(tmp_path / "results" / "gemm-even.json") == even()
+
+
+def test_collectives_and_where_they_come_from_are_read_back_too(tmp_path):
+    rows = (Collective(kind="all-reduce", ranks=2, size=10**6, seconds=1e-3),)
+    table = even(collectives=rows, collectives_about={"command": "some", "commit": "any"})
+    save(table, tmp_path / "gemm-even.json")
+    assert load(tmp_path / "gemm-even.json") == table
+    assert load(tmp_path / "gemm-even.json").collectives == rows
+
+
+def test_a_table_from_before_collectives_has_none(tmp_path):
+    save(even(), tmp_path / "gemm-even.json")
+    stored = json.loads((tmp_path / "gemm-even.json").read_text())
+    del stored["collectives"], stored["collectives_about"]
+    (tmp_path / "gemm-even.json").write_text(json.dumps(stored))
+    assert load(tmp_path / "gemm-even.json") == even()
+
+
+def test_what_a_rank_of_a_ring_sends():
+    summed = Collective(kind="all-reduce", ranks=4, size=800, seconds=2.0)
+    assert summed.bytes_per_second == 2 * 3 * 200 / 2.0  # three parts passed on as sums grow, three as they are told
+    assert Collective(kind="reduce-scatter", ranks=4, size=800, seconds=2.0).bytes_per_second == 3 * 200 / 2.0
+
+
+def test_collectives_say_where_they_come_from():
+    rows = (Collective(kind="all-reduce", ranks=2, size=10**6, seconds=1e-3),)
+    with pytest.raises(ValueError, match=r"collectives_about must hold the command and commit .*again .*bench_comm"):
+        even(collectives=rows, collectives_about={"command": "some"})
+    with pytest.raises(ValueError, match="a measured time must be above 0, got Collective"):
+        even(collectives=(Collective(kind="all-reduce", ranks=2, size=1, seconds=0.0),))
 
 
 def test_every_table_of_the_repository_can_be_read_and_says_how_it_was_made():

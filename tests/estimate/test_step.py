@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sat.estimate.hardware import FAR, Attended, Choosing, Product
+from megatron_sat.estimate.hardware import FAR, Attended, Choosing, Collective, Product
+from megatron_sat.estimate.links import Link
 from megatron_sat.estimate.step import (
     KINDS,
     Batch,
@@ -37,6 +38,7 @@ SHAPE = ModelShape(
 BATCH = Batch(micro_batch_size=2, micro_batches=3)
 TOKENS = 256
 ALONE = Spread(layers=(4,))
+SLOW, ENDLESS = (Link(source="here", bytes_per_second=each) for each in (1e9, 1e15))
 HALF = kept_shape(SHAPE, Fraction(1, 2), selection_groups=1, channel_multiple=1, gqa="group")
 
 
@@ -122,7 +124,7 @@ def test_the_update_is_a_price_a_parameter_and_is_shared_where_it_is_sharded():
     alone = predict(HALF).update
     assert alone == pytest.approx(PER_PARAMETER * parameters)
     assert predict(HALF, tied=True).update == pytest.approx(PER_PARAMETER * (parameters - 1024 * 256))
-    shared = replace(ALONE, data=4, data_link=1e9, shards_update=True)
+    shared = replace(ALONE, data=4, data_link=SLOW, shards_update=True)
     assert predict(HALF, spread=shared).update == pytest.approx(alone / 4)
     assert predict(HALF, spread=replace(shared, shards_update=False)).update == pytest.approx(alone)
 
@@ -157,7 +159,7 @@ def test_recomputation_runs_forwards_again():
 
 
 def test_tensor_parallelism_divides_the_products_and_pays_for_four_sums():
-    spread = Spread(layers=(4,), tensor=2, tensor_link=1e9)
+    spread = Spread(layers=(4,), tensor=2, tensor_link=SLOW)
     sums = 4 * 2 * (1 / 2) * TOKENS * 256 * 2 / 1e9
     assert tensor_seconds(SHAPE, tokens=TOKENS, spread=spread) == pytest.approx(sums)
     found, alone = predict(whole(SHAPE), spread=spread), predict(whole(SHAPE))
@@ -169,32 +171,64 @@ def test_tensor_parallelism_divides_the_products_and_pays_for_four_sums():
     assert alone.tensor == 0.0
 
 
+def test_with_sequence_parallelism_a_sum_is_two_halves_of_another_collective():
+    size = TOKENS * 256 * 2
+    whole_sum, half = 3e-3, 2e-3
+    rows = (
+        Collective(kind="all-reduce", ranks=2, size=size, seconds=whole_sum),
+        Collective(kind="reduce-scatter", ranks=2, size=size, seconds=half),
+    )
+    spread = Spread(layers=(4,), tensor=2, tensor_link=replace(SLOW, measured=rows))
+    assert tensor_seconds(SHAPE, tokens=TOKENS, spread=spread) == pytest.approx(4 * whole_sum)
+    split = replace(spread, sequence_parallel=True)
+    assert tensor_seconds(SHAPE, tokens=TOKENS, spread=split) == pytest.approx(4 * 2 * half)
+    unmeasured = [replace(each, tensor_link=SLOW) for each in (spread, split)]
+    by_ring = [tensor_seconds(SHAPE, tokens=TOKENS, spread=each) for each in unmeasured]
+    assert by_ring[0] == pytest.approx(by_ring[1])
+
+
+def test_replicas_wait_for_the_collective_that_they_use():
+    parameters = 4 * layer_matrices(SHAPE, whole(SHAPE), tensor=1) + 4 * 2 * 256 + 2 * 1024 * 256 + 256
+    divided, size = 2 * 4 * parameters / STREAM, 4 * parameters
+    rows = (
+        Collective(kind="all-reduce", ranks=2, size=size, seconds=3.0),
+        Collective(kind="reduce-scatter", ranks=2, size=size, seconds=2.0),
+    )
+    spread = Spread(layers=(4,), data=2, data_link=replace(SLOW, measured=rows))
+    assert predict(HALF, spread=spread).reduction == pytest.approx(3.0 + divided)
+    gathered = 2.0 / 2  # bf16, at the pace of reducing into parts
+    found = predict(HALF, spread=replace(spread, shards_update=True)).reduction
+    assert found == pytest.approx(2.0 + gathered + divided)
+
+
 def test_replicas_reduce_what_is_kept_and_hide_what_they_can():
-    spread = Spread(layers=(4,), data=2, data_link=1e9)
+    spread = Spread(layers=(4,), data=2, data_link=SLOW)
     matrices = [4 * layer_matrices(SHAPE, kept, tensor=1) for kept in (whole(SHAPE), HALF)]
     parameters = matrices[0] + 4 * 2 * 256 + 2 * 1024 * 256 + 256
     whole_reduction = predict(HALF, spread=spread).reduction
-    assert whole_reduction == pytest.approx(2 * (1 / 2) * 4 * parameters / 1e9)
+    divided = 2 * 4 * parameters / STREAM
+    assert whole_reduction == pytest.approx(2 * (1 / 2) * 4 * parameters / 1e9 + divided)
     sparse = predict(HALF, spread=replace(spread, sparse_reduction=True)).reduction
     assert whole_reduction - sparse == pytest.approx(2 * (1 / 2) * 4 * (matrices[0] - matrices[1]) / 1e9)
     hidden = predict(HALF, spread=replace(spread, overlaps_reduction=True)).reduction
     assert whole_reduction - hidden == pytest.approx(2 / 3 * 4 * layer_by_hand(HALF))
-    fast = replace(spread, overlaps_reduction=True, data_link=1e15)
-    assert predict(HALF, spread=fast).reduction == 0.0
+    fast = replace(spread, overlaps_reduction=True, data_link=ENDLESS)
+    assert predict(HALF, spread=fast).reduction == pytest.approx(divided), "nothing computes beside it"
     assert predict(HALF).reduction == 0.0
 
 
 def test_replicas_that_update_a_part_each_get_half_a_reduction_and_gather_the_rest():
-    spread = Spread(layers=(4,), data=4, data_link=1e9, shards_update=True)
+    spread = Spread(layers=(4,), data=4, data_link=SLOW, shards_update=True)
     parameters = 4 * layer_matrices(SHAPE, whole(SHAPE), tensor=1) + 4 * 2 * 256 + 2 * 1024 * 256 + 256
     scattered, gathered = (3 / 4 * size * parameters / 1e9 for size in (4, 2))
     found = predict(HALF, spread=spread).reduction
-    assert found == pytest.approx(scattered + gathered)
+    divided = 2 * 4 * parameters / STREAM
+    assert found == pytest.approx(scattered + gathered + divided)
     beside = replace(spread, overlaps_reduction=True)
     assert found - predict(HALF, spread=beside).reduction == pytest.approx(2 / 3 * 4 * layer_by_hand(HALF))
     both = replace(beside, overlaps_gathering=True)
     assert found - predict(HALF, spread=both).reduction == pytest.approx(4 * layer_by_hand(HALF))
-    assert predict(HALF, spread=replace(both, data_link=1e15)).reduction == 0.0
+    assert predict(HALF, spread=replace(both, data_link=ENDLESS)).reduction == pytest.approx(divided)
     sparse = predict(HALF, spread=replace(spread, sparse_reduction=True)).reduction
     assert gathered < sparse < found, "parameters are gathered whole"
 
@@ -212,7 +246,7 @@ def test_pipeline_ranks_wait_for_the_one_that_takes_longest():
 
 
 def test_a_steps_seconds_are_its_parts():
-    found = predict(HALF, spread=Spread(layers=(2, 2), data=2, data_link=1e9, tensor=2, tensor_link=1e9))
+    found = predict(HALF, spread=Spread(layers=(2, 2), data=2, data_link=SLOW, tensor=2, tensor_link=SLOW))
     assert all(seconds > 0 for seconds in found.parts().values())
     assert found.seconds == pytest.approx(sum(found.parts().values()))
 

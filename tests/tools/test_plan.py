@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import bench_layer, bench_step
+from benchmarks.rates import add_collectives
 from megatron_sat.estimate.hardware import load, save
 from tests.estimate.tables import even
 from tests.helpers.command_line import LADDER, llama
@@ -98,7 +99,8 @@ def predicted(folder: Path, out: Path, *more: object, **changes: Any) -> list[fl
     """Of the steps that ``folder`` measured, had the file said this too."""
     stored = json.loads((folder / "step.json").read_text()) | changes
     (out / "step.json").write_text(json.dumps(stored))
-    line = ["--hardware", folder / "gemm-cpu.json", "--compare", out / "step.json", "--json", out / "errors.json"]
+    save(even(name="CPU"), out / "gemm-cpu.json")  # in which choosing takes time; of a busy core it may not
+    line = ["--hardware", out / "gemm-cpu.json", "--compare", out / "step.json", "--json", out / "errors.json"]
     assert called(*line, *more) == 0
     return [row["predicted"] for row in errors(out / "errors.json")]
 
@@ -131,6 +133,29 @@ def test_a_step_of_several_ranks_is_predicted_on_a_known_gpu_alone(folder, tmp_p
         assert called(*line, "--json", tmp_path / "errors.json") == 0
         times.append(errors(tmp_path / "errors.json")[0]["predicted"])
     assert times[1] < times[0]
+
+
+def test_ranks_take_what_was_measured_between_them_and_the_line_says_so(folder, tmp_path, capsys):
+    stored = json.loads((folder / "step.json").read_text()) | {"tensor_parallel": 2, "flags": "--sequence-parallel"}
+    stored["about"]["device"] = "NVIDIA H100 80GB HBM3"
+    (tmp_path / "step.json").write_text(json.dumps(stored))
+    row = {"reduction": "sharded", "rate": 0.0, "bytes": 10**6, "calls": 1, "seconds": 1.0, "divided": False}
+    times = []
+    for name in ("sheet", "measured"):
+        path = tmp_path / f"gemm-{name}.json"
+        save(even(name="NVIDIA H100 80GB HBM3"), path)
+        if name == "measured":
+            about = {"device": "NVIDIA H100 80GB HBM3", "command": "some", "commit": "abc"}
+            add_collectives(path, [row], ranks=2, about=about)
+        line = ["--hardware", path, "--compare", tmp_path / "step.json", "--json", tmp_path / "errors.json"]
+        assert called(*line) == 0
+        times.append(errors(tmp_path / "errors.json")[0]["predicted"])
+    sent = 2 * 2 * 4 * 2 * (64 * 128 * 2)  # layers, micro-batches, sums, halves; a micro-batch's bf16 activations
+    slower = sent * 1e-6  # a second for 10**6 bytes, whose half each of two ranks sends
+    assert times[1] - times[0] == pytest.approx(slower, rel=1e-3)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note: tensor parallelism communicates by the data sheet (450 GB/s a GPU), not measured" in said
+    assert "communicates by what was measured, 2 ranks and 1 MB a call: some, commit abc" in said
 
 
 def test_a_step_by_deepspeed_is_not_compared(folder, tmp_path, capsys):
@@ -167,7 +192,7 @@ def test_what_the_program_refuses_is_refused_here(folder, capsys):
 
 
 def test_a_cluster_is_that_of_a_dry_run_and_its_network_is_asked_for(tmp_path, capsys):
-    save(even(), tmp_path / "gemm-even.json")
+    save(even(bytes_per_second=1e18), tmp_path / "gemm-even.json")  # dividing gradients takes no time
     line = ["--hardware", tmp_path / "gemm-even.json", *llama(f"{LADDER} --bf16"), "--gpu", "h100", "--world-size", 4]
     assert called(*line, "--gpus-per-host", 2) == 2
     assert "plan.py: --network must say how fast 2 hosts are joined" in capsys.readouterr().err
