@@ -30,6 +30,8 @@ _HARNESS = (
     *("exit_duration_in_mins", "sft", "split", "lr_decay_iters", "lr_decay_samples"),
 )
 """Settings that the harness gives, or by which a control would see other text, or not decay over its own steps."""
+_BEGINNING = ("init_method_std", "init_method_xavier_uniform", "embedding_init_method_std")
+"""Settings of random weights, which all runs of a seed share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +240,11 @@ def _check_settings(experiment: Experiment) -> None:
             raise ValueError(
                 f"variants: a name must be of a-z, 0-9 and _, not begin with {DENSE} and not end with {RATE_ZERO}, "
                 f"which are the controls', got {name!r}; rename it"
+            )
+        if drawn := [key for key in settings if key in _BEGINNING]:
+            raise ValueError(
+                f"variants: {name}: {drawn[0]} has no effect, got {settings[drawn[0]]!r}: every run begins with the "
+                "same weights; set it in training, in a file of its own"
             )
         if not settings:
             raise ValueError(f"variants: {name} must set something, it sets nothing and would be dense; leave it out")

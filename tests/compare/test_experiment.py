@@ -85,6 +85,7 @@ def test_a_variant_is_known_by_its_settings(settings: dict[str, Any], omits: boo
         ("training", [], r"training must be given, as keys with values, got \[\]"),
         ("variants", {}, "variants must be given, as keys with values"),
         ("budget/steps", 0, "budget: steps must be a whole number of at least 1, got 0"),
+        ("variants/sat", {"init_method_std": 0.01}, "variants: sat: init_method_std has no effect, got 0.01"),
         ("budget/time", "some", "budget: time must be all or settled, got 'some'; choose one"),
         ("budget/ranks", True, "budget: ranks must be a whole number of at least 1, got True"),
         ("model/hf", "m", "model: one of fresh, checkpoint and hf must be given, got fresh and hf"),
