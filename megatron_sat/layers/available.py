@@ -51,18 +51,28 @@ def torch_attention_varlen(*, cuda: bool) -> Kernel | None:
     return kernel if {"window_size", "enable_gqa"} <= inspect.signature(kernel).parameters.keys() else None
 
 
-def transformer_engine_norm(*, cuda: bool) -> type[torch.nn.Module] | None:
-    """Transformer Engine's RMSNorm class."""
+def transformer_engine_norm(*, cuda: bool, kind: str = "RMSNorm") -> type[torch.nn.Module] | None:
+    """Transformer Engine's class. kind: RMSNorm or LayerNorm."""
     library = _library("transformer_engine.pytorch", cuda=cuda)
-    return None if library is None else library.RMSNorm
+    found: type[torch.nn.Module] | None = getattr(library, kind, None)
+    return found
 
 
 def apex_rms_norm(*, cuda: bool) -> Kernel | None:
     """apex' ``fused_rms_norm_affine(x, weight, shape, eps, memory_efficient)``, if built with it."""
+    return _apex_norm("fused_rms_norm_affine", cuda=cuda)
+
+
+def apex_layer_norm(*, cuda: bool) -> Kernel | None:
+    """apex' ``fused_layer_norm_affine(x, weight, bias, shape, eps, memory_efficient)``, if built with it."""
+    return _apex_norm("fused_layer_norm_affine", cuda=cuda)
+
+
+def _apex_norm(name: str, *, cuda: bool) -> Kernel | None:
     if _library("fused_layer_norm_cuda", cuda=cuda) is None:
         return None
-    library = _library("apex.normalization.fused_layer_norm", cuda=cuda)
-    return None if library is None else library.fused_rms_norm_affine
+    kernel: Kernel | None = getattr(_library("apex.normalization.fused_layer_norm", cuda=cuda), name, None)
+    return kernel
 
 
 def fused_gradient_accumulation(*, cuda: bool) -> bool:

@@ -1,7 +1,10 @@
-"""RMSNorm that works under sequence parallelism (Megatron's local one refuses it), fused where a library can.
- Under SP each TP rank normalises its part of the sequence, so the weight's gradient is a partial sum. The
-mark on the weight is all that ``finalize_model_grads`` needs to add it over TP. Whichever class computes, a
-checkpoint holds one ``weight`` and nothing else, so it moves between machines with and without the libraries.
+"""RMSNorm and LayerNorm that work under sequence parallelism (Megatron's local ones refuse it), fused where a library
+can.
+
+Under SP each TP rank normalises its part of the sequence, so the parameters' gradients are partial sums. The mark on
+them is all that ``finalize_model_grads`` needs to add them over TP. Whichever class computes, a checkpoint holds one
+``weight``, and for LayerNorm one ``bias``, and nothing else, so it moves between machines with and without the
+libraries.
 """
 
 from functools import cache
@@ -12,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Module
 
-from megatron_sat.layers.available import apex_rms_norm, transformer_engine_norm
+from megatron_sat.layers.available import Kernel, apex_layer_norm, apex_rms_norm, transformer_engine_norm
 
 
 def _device(config: TransformerConfig) -> Any:
@@ -36,6 +39,16 @@ class RMSNorm(torch.nn.RMSNorm):
             return super().forward(x)
         normed: Tensor = CompiledNorm.apply(x, self.weight, self.eps)
         return normed
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """[..., hidden_size] -> the same shape, less its mean, over its deviation; statistics in fp32. torch's kernel."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        """Further arguments (persist_layer_norm, name, ...) are meant for other implementations."""
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_device(config))
+        for parameter in (self.weight, self.bias):
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class CompiledNorm(torch.autograd.Function):
@@ -84,26 +97,46 @@ class ApexRMSNorm(RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         """Raises ValueError where apex' kernel cannot be imported."""
         super().__init__(config, hidden_size, eps)
-        self.fused = apex_rms_norm(cuda=True)
-        if self.fused is None:
-            raise ValueError(
-                "apex must be installed with its CUDA extensions for ApexRMSNorm, "
-                "fused_layer_norm_cuda cannot be imported; install apex with --cuda_ext, or use RMSNorm"
-            )
+        self.fused = _insisted_on(apex_rms_norm(cuda=True), instead="RMSNorm")
         self.memory_efficient = config.memory_efficient_layer_norm
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden_size]. Returns the same shape."""
-        assert self.fused is not None
         normed: Tensor = self.fused(x, self.weight, self.normalized_shape, self.eps, self.memory_efficient)
         return normed
+
+
+class ApexLayerNorm(LayerNorm):
+    """LayerNorm likewise."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        """Raises ValueError where apex' kernel cannot be imported."""
+        super().__init__(config, hidden_size, eps)
+        self.fused = _insisted_on(apex_layer_norm(cuda=True), instead="LayerNorm")
+        self.memory_efficient = config.memory_efficient_layer_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., hidden_size]. Returns the same shape."""
+        normed: Tensor = self.fused(
+            x, self.weight, self.bias, self.normalized_shape, self.eps, self.memory_efficient
+        )
+        return normed
+
+
+def _insisted_on(kernel: Kernel | None, *, instead: str) -> Kernel:
+    if kernel is None:
+        raise ValueError(
+            f"apex must be installed with its CUDA extensions for Apex{instead}, "
+            f"fused_layer_norm_cuda cannot be imported; install apex with --cuda_ext, or use {instead}"
+        )
+    return kernel
 
 
 def _transformer_engine_norm(fused: type[Module]) -> type[Module]:
     """Transformer Engine's class behind the arguments that Megatron builds norms with."""
 
-    class TransformerEngineRMSNorm(fused):  # type: ignore[misc,valid-type]
-        """RMSNorm by Transformer Engine; its fp8 state, empty for a norm, would be a checkpoint key."""
+    class TransformerEngineNorm(fused):  # type: ignore[misc,valid-type]
+        """A norm by Transformer Engine; its fp8 state, empty for a norm, would be a checkpoint key."""
 
         get_extra_state = Module.get_extra_state
         set_extra_state = Module.set_extra_state
@@ -117,24 +150,37 @@ def _transformer_engine_norm(fused: type[Module]) -> type[Module]:
                 device=_device(config),
             )
 
-    return TransformerEngineRMSNorm
+    return TransformerEngineNorm
 
 
 def rms_norm(*, cuda: bool, memory_efficient: bool = False) -> type[Module]:
-    """The class for a layer specification: Transformer Engine's, apex' or torch's, the first to be had.
+    """The RMSNorm for a layer specification: Transformer Engine's, apex' or torch's, the first to be had.
 
     memory_efficient: keep a norm's output, not its input, for backward; apex alone can do that.
     Raises ValueError where it is asked for and apex cannot be imported.
     """
-    apex = apex_rms_norm(cuda=cuda)
+    apex = ApexRMSNorm if apex_rms_norm(cuda=cuda) is not None else None
+    fused = transformer_engine_norm(cuda=cuda, kind="RMSNorm")
+    return _first_to_be_had(fused, apex, RMSNorm, memory_efficient=memory_efficient)
+
+
+def layer_norm(*, cuda: bool, memory_efficient: bool = False) -> type[Module]:
+    """The LayerNorm likewise."""
+    apex = ApexLayerNorm if apex_layer_norm(cuda=cuda) is not None else None
+    fused = transformer_engine_norm(cuda=cuda, kind="LayerNorm")
+    return _first_to_be_had(fused, apex, LayerNorm, memory_efficient=memory_efficient)
+
+
+def _first_to_be_had(
+    fused: type[Module] | None, apex: type[Module] | None, plain: type[Module], *, memory_efficient: bool
+) -> type[Module]:
     if memory_efficient:
         if apex is None:
             raise ValueError(
                 "memory_efficient_layer_norm needs apex' norm, apex with CUDA extensions cannot be imported; "
                 "install it, or leave memory_efficient_layer_norm off"
             )
-        return ApexRMSNorm
-    fused = transformer_engine_norm(cuda=cuda)
+        return apex
     if fused is not None:
         return _transformer_engine_norm(fused)
-    return RMSNorm if apex is None else ApexRMSNorm
+    return plain if apex is None else apex

@@ -18,18 +18,25 @@ from megatron_sat.layers.core_attention import FlashCoreAttention, SDPACoreAtten
 from megatron_sat.layers.graphed import GraphedLayer
 from megatron_sat.layers.linear import SparseColumnParallelLinear, SparseRowParallelLinear
 from megatron_sat.layers.mlp import SparseMLP
-from megatron_sat.layers.norm import rms_norm
+from megatron_sat.layers.norm import layer_norm, rms_norm
+
+_NORMS = {"RMSNorm": rms_norm, "LayerNorm": layer_norm}
+"""By the name that ``--normalization`` takes."""
 
 
 def norm_for(config: TransformerConfig) -> type[Module]:
-    """The norm for this configuration on this machine. Raises ValueError for other than plain RMSNorm."""
-    if config.normalization != "RMSNorm":
-        raise ValueError(f"--normalization must be RMSNorm for sparse layers, got {config.normalization}; pass RMSNorm")
+    """The norm for this configuration on this machine. Raises ValueError for other than plain RMSNorm and LayerNorm."""
+    if config.normalization not in _NORMS:
+        raise ValueError(
+            f"--normalization must be one of {', '.join(_NORMS)} for sparse layers, got {config.normalization}; "
+            "Llama-like models have RMSNorm, GPT-2 LayerNorm"
+        )
     if config.layernorm_zero_centered_gamma:
         raise ValueError(
             "--apply-layernorm-1p must be off for sparse layers, got it on; their norms know no 1 + weight"
         )
-    return rms_norm(cuda=torch.cuda.is_available(), memory_efficient=config.memory_efficient_layer_norm)
+    choose = _NORMS[config.normalization]
+    return choose(cuda=torch.cuda.is_available(), memory_efficient=config.memory_efficient_layer_norm)
 
 
 def core_attention_for(config: TransformerConfig) -> type[SDPACoreAttention]:
@@ -66,13 +73,13 @@ def sparse_attention_spec(config: TransformerConfig) -> ModuleSpec:
 
 
 def sparse_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """One transformer layer. Raises ValueError for what is not Llama-like: experts, latent attention, ..."""
+    """One transformer layer. Raises ValueError for what neither Llama nor GPT-2 has: experts, latent attention, ..."""
     if config.num_moe_experts is not None or config.multi_latent_attention:
         raise ValueError(
             f"sparse layers are for dense Llama-like models, got num_moe_experts={config.num_moe_experts}, "
             f"multi_latent_attention={config.multi_latent_attention}; leave both off"
         )
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    spec = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm_for(config)
     spec.submodules.self_attention = sparse_attention_spec(config)
     spec.submodules.mlp = SparseMLP

@@ -22,9 +22,14 @@ def put(monkeypatch: pytest.MonkeyPatch, name: str, **contents: object) -> None:
 def everything(monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, "flash_attn", __version__="2.8.3", flash_attn_func=max)
     put(monkeypatch, "transformer_engine", __version__="2.9.0")
-    put(monkeypatch, "transformer_engine.pytorch", RMSNorm=torch.nn.Linear)
+    put(monkeypatch, "transformer_engine.pytorch", RMSNorm=torch.nn.Linear, LayerNorm=torch.nn.Bilinear)
     put(monkeypatch, "apex", __version__="0.1")
-    put(monkeypatch, "apex.normalization.fused_layer_norm", fused_rms_norm_affine=min)
+    put(
+        monkeypatch,
+        "apex.normalization.fused_layer_norm",
+        fused_rms_norm_affine=min,
+        fused_layer_norm_affine=sum,
+    )
     put(monkeypatch, "fused_layer_norm_cuda")
     put(monkeypatch, "fused_weight_gradient_mlp_cuda")
 
@@ -33,23 +38,25 @@ def found(*, cuda: bool) -> list[object]:
     return [
         available.flash_attention(cuda=cuda),
         available.transformer_engine_norm(cuda=cuda),
+        available.transformer_engine_norm(cuda=cuda, kind="LayerNorm"),
         available.apex_rms_norm(cuda=cuda),
+        available.apex_layer_norm(cuda=cuda),
         available.fused_gradient_accumulation(cuda=cuda),
     ]
 
 
 def test_each_library_gives_its_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     everything(monkeypatch)
-    assert found(cuda=True) == [max, torch.nn.Linear, min, True]
+    assert found(cuda=True) == [max, torch.nn.Linear, torch.nn.Bilinear, min, sum, True]
 
 
 def test_without_a_gpu_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     everything(monkeypatch)
-    assert found(cuda=False) == [None, None, None, False]
+    assert found(cuda=False) == [None, None, None, None, None, False]
 
 
 def test_what_is_not_installed_is_not_found() -> None:
-    assert found(cuda=True) == [None, None, None, False]
+    assert found(cuda=True) == [None, None, None, None, None, False]
 
 
 def test_apex_without_its_extension_has_no_norm(monkeypatch: pytest.MonkeyPatch) -> None:
