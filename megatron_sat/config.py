@@ -31,6 +31,7 @@ from megatron_sat.flags.finetuning import sft_config
 from megatron_sat.flags.flag import Settings
 from megatron_sat.flags.safety import check_bad_steps
 from megatron_sat.flags.table import table
+from megatron_sat.layers.activation import tanh_gelu
 from megatron_sat.model.settings import ModelConfig
 from megatron_sat.sparsity.schedule import ScheduleConfig, parse_rate
 from megatron_sat.sparsity.selector import SelectionConfig
@@ -217,6 +218,8 @@ def _transformer(s: Settings) -> dict[str, Any]:
     for key, function in (("swiglu", F.silu), ("squared_relu", squared_relu), ("quick_geglu", quick_gelu)):
         if s[key]:
             arguments["activation_func"] = function
+    if s["openai_gelu"] and not arguments["bias_activation_fusion"]:  # the fused kernel computes that form itself
+        arguments["activation_func"] = tanh_gelu
     if s["init_method_xavier_uniform"]:
         arguments |= {"init_method": xavier_uniform_, "output_layer_init_method": xavier_uniform_}
     return arguments

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_sat.config import ParallelConfig
 from megatron_sat.data.blend import DataConfig
 from megatron_sat.engines.optim import LearningRateConfig, make_optimizer_config
+from megatron_sat.layers.activation import tanh_gelu
 from megatron_sat.sparsity.schedule import ScheduleConfig
 from megatron_sat.sparsity.selector import SelectionConfig
 from megatron_sat.training.settings import TrainingConfig
@@ -54,6 +55,7 @@ def test_the_three_classes_of_megatron_take_their_parts():
         ("--quick-geglu", "--swiglu", quick_gelu, True),
         ("--squared-relu", "--swiglu", squared_relu, False),
         ("", "--swiglu", F.gelu, False),
+        ("--openai-gelu", "--swiglu", tanh_gelu, False),
     ],
 )
 def test_the_activation_follows_from_its_flag(more, without, function, gated):

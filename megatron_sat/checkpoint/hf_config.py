@@ -48,6 +48,7 @@ MODEL_KEYS = (
     *"group_query_attention num_query_groups kv_channels add_bias_linear add_qkv_bias qk_layernorm".split(),
     *"untie_embeddings_and_output_weights padded_vocab_size rotary_base rotary_percent rotary_interleaved".split(),
     *"use_rope_scaling rope_scaling_factor rotary_seq_len_interpolation_factor".split(),
+    *"squared_relu quick_geglu openai_gelu".split(),
 )
 """Settings that say what a model is; a run adds how it is trained."""
 _OF_THE_RUN = ("attention_dropout", "hidden_dropout", "max_position_embeddings")
@@ -121,9 +122,7 @@ def config_of(settings: Values, *, vocab_size: int) -> dict[str, Any]:
 
     Raises ValueError for settings that no family has.
     """
-    for key, value in _FIXED.items():
-        if key not in _OF_THE_RUN and settings.get(key) != value:
-            raise ValueError(f"{key} of an exported model must be {value}, got {settings.get(key)}; no family has it")
+    refuse_unlike(settings)
     biased, qkv_bias = bool(settings.get("add_bias_linear")), bool(settings.get("add_qkv_bias"))
     norms = bool(settings.get("qk_layernorm"))
     if norms and (biased or qkv_bias):
@@ -148,6 +147,16 @@ def config_of(settings: Values, *, vocab_size: int) -> dict[str, Any]:
         "rope_parameters": _rope_parameters(settings),
         **({"attention_bias": True, "mlp_bias": True} if biased else {}),
     }
+
+
+def refuse_unlike(settings: Values) -> None:
+    """Raise ValueError for a model that is none of `FAMILIES`, such as GPT-2."""
+    for key, value in _FIXED.items():
+        if key not in _OF_THE_RUN and settings.get(key) != value:
+            raise ValueError(
+                f"{key} of an exported model must be {value}, got {settings.get(key)}: only {', '.join(FAMILIES)} can "
+                "be exported; evaluate the checkpoint itself (tools/evaluate.py), or train a Llama-like model"
+            )
 
 
 def differences(config: Values, *, settings: Values) -> list[str]:

@@ -27,6 +27,7 @@ from megatron_sat.checkpoint.hf_config import (
     dimensions_of,
     features_of,
     padded,
+    refuse_unlike,
     settings_of,
 )
 from megatron_sat.checkpoint.hf_export import SHARD_BYTES, export_weights
@@ -106,6 +107,7 @@ def export_model(
     with one_rank(), whole_folder(hf, said="--hf") as draft:
         checkpoint = open_checkpoint(load, step=step)
         settings = model_settings(checkpoint)
+        refuse_unlike(settings)
         config = _write_beside(draft, checkpoint=checkpoint, settings=settings, like=like)
         log.say(f"exporting {checkpoint.folder}: {config['model_type']}, {config['vocab_size']} tokens")
         export_weights(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_sat.flags.deepspeed import check_engine
-from megatron_sat.flags.defaults import Machine, data_parallel_size
+from megatron_sat.flags.defaults import OTHER_ACTIVATIONS, Machine, data_parallel_size
 from megatron_sat.flags.effects import grouped_queries
 from megatron_sat.flags.flag import Settings, dashed
 from megatron_sat.flags.replicas import check_replicas
@@ -114,13 +114,13 @@ def _check_program(s: Settings) -> None:
 
 
 def _check_architecture(s: Settings) -> None:
-    activations = [dashed(key) for key in ("swiglu", "squared_relu", "quick_geglu") if s[key]]
+    activations = [dashed(key) for key in (*OTHER_ACTIVATIONS, "openai_gelu") if s[key]]
     if len(activations) > 1:
         raise ValueError(f"an MLP has one activation, got {' and '.join(activations)}; leave one out")
-    if s["normalization"] != "RMSNorm":
+    if not activations and s["add_bias_linear"] and s["bias_gelu_fusion"]:
         raise ValueError(
-            f"--normalization must be RMSNorm, got {s['normalization']}; add --normalization RMSNorm, for "
-            "the sparse layers are those of Llama-like models"
+            "--bias-gelu-fusion computes GELU's tanh form, which is --openai-gelu, got --no-openai-gelu beside it; "
+            "leave one of them out"
         )
     if s["fp16"] and s["bf16"]:
         raise ValueError("--bf16 and --fp16 exclude each other, got both; leave one out")

@@ -26,6 +26,9 @@ from megatron_sat.sparsity.schedule import parse_rate
 CHANNEL_MULTIPLE = 128
 """Kept channels on CUDA: odd widths leave the tensor cores' path."""
 
+OTHER_ACTIVATIONS = ("swiglu", "squared_relu", "quick_geglu")
+"""Settings with which an MLP has another activation than GELU."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -131,10 +134,18 @@ def _model(s: dict[str, Any], *, machine: Machine) -> None:
         s["attention_backend"] = "auto"
     s["cpu_offloading"] = s["cpu_offloading"] or s["cpu_offloading_num_layers"] > 0
     _fill(s, "bias_swiglu_fusion", machine.cuda)
-    _fill(s, "bias_gelu_fusion", machine.cuda)
+    _gelu(s, machine=machine)
     _fill(s, "bias_dropout_fusion", machine.cuda)
     _fill(s, "gradient_accumulation_fusion", True)  # by apex, or by torch where apex is not installed
     _fill(s, "apply_rope_fusion", machine.transformer_engine and s["position_embedding_type"] == "rope")
+
+
+def _gelu(s: dict[str, Any], *, machine: Machine) -> None:
+    """Which form GELU has. Megatron-LM's fused kernel, its default where there are biases, computes the tanh form: so
+    it is that on a machine without the kernel too, and what a flag says does not depend on where it is read."""
+    others = any(s[key] for key in OTHER_ACTIVATIONS)
+    _fill(s, "openai_gelu", not others and s["add_bias_linear"] and s["bias_gelu_fusion"] is not False)
+    _fill(s, "bias_gelu_fusion", machine.cuda and (others or s["openai_gelu"]))
 
 
 def _precision(s: dict[str, Any]) -> None:

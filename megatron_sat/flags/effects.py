@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from megatron_sat.flags import sat
 from megatron_sat.flags.baselines import MST
+from megatron_sat.flags.defaults import OTHER_ACTIVATIONS
 from megatron_sat.flags.flag import Flag, Settings, dashed
 from megatron_sat.flags.table import table
 
@@ -184,6 +185,11 @@ MEGATRON: tuple[Rule, ...] = (
         keys="bias_gelu_fusion",
         idle=lambda s: s["swiglu"] or s["squared_relu"] or not s["add_bias_linear"],
         beside="with --swiglu, --squared-relu or --disable-bias-linear",
+    ),
+    Rule(
+        keys="openai_gelu",
+        idle=lambda s: any(s[key] for key in OTHER_ACTIVATIONS),
+        beside="with --swiglu, --squared-relu or --quick-geglu",
     ),
     Rule(
         keys="make_vocab_size_divisible_by pad_vocab_size",

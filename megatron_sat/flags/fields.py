@@ -30,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 GIVEN_ELSEWHERE: dict[str, str] = {
     "params_dtype": "--bf16 or --fp16",
     "pipeline_dtype": "--bf16 or --fp16",
-    "activation_func": "--swiglu, --squared-relu or --quick-geglu",
+    "activation_func": "--swiglu, --squared-relu, --quick-geglu or --openai-gelu",
     "gated_linear_unit": "--swiglu or --quick-geglu",
     "bias_activation_fusion": "--no-bias-swiglu-fusion or --no-bias-gelu-fusion",
     "virtual_pipeline_model_parallel_size": "--num-virtual-stages-per-pipeline-rank",

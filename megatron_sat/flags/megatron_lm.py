@@ -28,7 +28,7 @@ MODEL: tuple[Flag, ...] = (
         presets={"--use-rotary-position-embeddings": "rope"},
         choices=POSITIONS,
         default="learned_absolute",
-        help="Llama-like models use rope",
+        help="Llama-like models use rope, GPT-2 learned_absolute",
     ),
     option("rotary_base", "int", default=10000, help="base of the rotary frequencies"),
     option("rotary_percent", "float", default=1.0, help="share of a head's dimensions that is rotated"),
@@ -38,6 +38,11 @@ MODEL: tuple[Flag, ...] = (
     switch("swiglu", default=False, help="gated MLP with SiLU, as Llama's"),
     switch("quick_geglu", default=False, help="gated MLP with quick GELU"),
     switch("squared_relu", default=False, help="ungated MLP with squared ReLU"),
+    switch(
+        "openai_gelu",
+        help="GELU in GPT-2's tanh form; where not given: with biases, unless --no-bias-gelu-fusion, for that is what "
+        "Megatron-LM's fused kernel computes",
+    ),
     switch("group_query_attention", default=False, help="query heads share keys and values in groups"),
     switch("init_method_xavier_uniform", default=False, help="Xavier instead of normal initialisation"),
     switch("fp16_lm_cross_entropy", default=False, help="the loss in fp16 (with --fp16)"),
@@ -60,7 +65,7 @@ TRANSFORMER: tuple[Flag, ...] = (
         help="what the backward computes again",
     ),
     switch("bias_swiglu_fusion", help="fused bias and SwiGLU; on with CUDA"),
-    switch("bias_gelu_fusion", help="fused bias and GELU; on with CUDA and biases"),
+    switch("bias_gelu_fusion", help="fused bias and GELU (tanh form); on with CUDA and biases"),
 )
 
 TRAINING: tuple[Flag, ...] = (

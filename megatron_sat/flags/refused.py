@@ -15,7 +15,7 @@ _TE = "it acts inside Transformer Engine's linear layers, the sparse layers are 
 _GRAPHS = "a captured graph would replay the neurons of its first step; leave it out"
 _FSDP = "gradients are reduced by Megatron's own data parallelism here; use --use-distributed-optimizer"
 _GROUPS = "the process groups are megatron.core's plain ones here; leave it out"
-_LLAMA = "the sparse layers are those of dense Llama-like models; leave it out"
+_LLAMA = "the sparse layers are those of dense Llama-like models and GPT-2; leave it out"
 _ONE_SIZE = "schedule, plan and data order count steps of one batch size; use --global-batch-size"
 _RESUME = (
     "a run resumes from the newest checkpoint of --load, and its shape comes from the flags; leave it out"
@@ -91,7 +91,7 @@ REASONS: tuple[tuple[str, str], ...] = (
         use-mamba-* is-hybrid-model hybrid-layer-pattern hybrid-override-pattern hybrid-attention-ratio
         hybrid-mlp-ratio mtp-* attention-output-gate qk-l2-norm qk-clip* heterogeneous-* hetereogenous-*
         mrope-section yarn-* no-yarn-* rope-type glu-linear-offset activation-func-clamp-value
-        mlp-chunks-for-training use-mup mup-* apply-residual-connection-post-layernorm openai-gelu
+        mlp-chunks-for-training use-mup mup-* apply-residual-connection-post-layernorm
         onnx-safe decoder-num-layers decoder-seq-length relative-attention-* spec
         enable-experimental""",
     ),

@@ -106,7 +106,11 @@ def test_a_window_that_no_text_reaches_is_none():
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"swiglu": False}, "swiglu of an exported model must be True, got False"),
+        (
+            {"swiglu": False},
+            r"swiglu of an exported model must be True, got False: only llama, .* evaluate .*\(tools/evaluate.py\), or",
+        ),
+        ({"normalization": "LayerNorm"}, "normalization of an exported model must be RMSNorm, got LayerNorm: only"),
         ({"position_embedding_type": "learned_absolute"}, "position_embedding_type of an exported model must be rope"),
         ({"qk_layernorm": True, "add_qkv_bias": True}, "a model with --qk-layernorm can be exported without biases"),
         ({"rotary_interleaved": True}, "rotary_percent and rotary_interleaved of an exported model must be 1 and off"),

@@ -54,9 +54,10 @@ def test_what_everything_else_needs_is_asked_for_first(capsys, more, without, sa
             "--ckpt-format must be torch_dist, which fits any parallel layout, got torch; leave",
         ),
         ("--squared-relu", "an MLP has one activation, got --swiglu and --squared-relu; leave one out"),
+        ("--openai-gelu", "an MLP has one activation, got --swiglu and --openai-gelu; leave one out"),
         (
-            "--normalization LayerNorm",
-            "--normalization must be RMSNorm, got LayerNorm; add --normalization RMSNorm",
+            "--no-swiglu --add-bias-linear --no-openai-gelu --bias-gelu-fusion",
+            "--bias-gelu-fusion computes GELU's tanh form, which is --openai-gelu, got --no-openai-gelu beside it; l",
         ),
         ("--bf16 --fp16", "--bf16 and --fp16 exclude each other, got both; leave one out"),
         ("--fp16-lm-cross-entropy", "--fp16-lm-cross-entropy needs --fp16, got it without; leave it out"),

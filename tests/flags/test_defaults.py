@@ -2,7 +2,9 @@
 
 import pytest
 
+from megatron_sat.config import compose
 from megatron_sat.flags.defaults import Machine, look_at_machine, written_rate
+from megatron_sat.layers.activation import tanh_gelu
 from tests.helpers.command_line import LADDER, run
 
 GPU = Machine(cuda=True)
@@ -33,6 +35,33 @@ def test_a_fusion_is_off_where_it_is_switched_off():
     settings = run("--no-bias-swiglu-fusion --no-gradient-accumulation-fusion", machine=GPU).settings
     assert not settings["bias_swiglu_fusion"]
     assert not settings["gradient_accumulation_fusion"]
+
+
+@pytest.mark.parametrize(
+    ("more", "without", "tanh", "fused_on_a_gpu"),
+    [
+        ("", "--disable-bias-linear", True, True),
+        ("--openai-gelu", "--disable-bias-linear", True, True),
+        ("--openai-gelu", "", True, False),
+        ("--no-bias-gelu-fusion", "--disable-bias-linear", False, False),
+        ("--no-openai-gelu", "--disable-bias-linear", False, False),
+        ("--openai-gelu --no-bias-gelu-fusion", "--disable-bias-linear", True, False),
+        ("", "", False, False),
+    ],
+)
+def test_the_form_of_gelu_is_megatron_lms_and_the_same_on_every_machine(more, without, tanh, fused_on_a_gpu):
+    for machine in (GPU, Machine(cuda=False)):
+        config = run(more, without=f"--swiglu {without}", machine=machine)
+        fused = config.transformer["bias_activation_fusion"]
+        assert config.settings["openai_gelu"] is tanh
+        assert fused is (fused_on_a_gpu and machine.cuda)
+        assert config.transformer.get("activation_func") is (tanh_gelu if tanh and not fused else None)
+
+
+def test_a_printed_configuration_keeps_its_gelu_on_another_machine():
+    first = run(without="--swiglu --disable-bias-linear")
+    again = compose(first.settings, machine=GPU, world_size=1)
+    assert (first.settings["openai_gelu"], again.settings["openai_gelu"]) == (True, True)
 
 
 @pytest.mark.parametrize("machine", [GPU, Machine(cuda=False)])

@@ -115,6 +115,7 @@ def test_a_setting_of_the_method_without_effect_is_refused(capsys, more, without
         ("--save-interval 10", "--save-interval 10 has no effect without --save"),
         ("--async-save", "--async-save has no effect without --save"),
         ("--no-load-optim", "--no-load-optim has no effect without --load"),
+        ("--no-openai-gelu", "--no-openai-gelu has no effect with --swiglu, --squared-relu or --quick-geglu"),
     ],
 )
 def test_a_setting_of_megatrons_without_effect_is_remarked_upon_once(more, said):

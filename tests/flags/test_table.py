@@ -54,7 +54,7 @@ def test_an_unknown_name_is_told_the_nearest(typo, meant):
         ("--num-experts", "experts are not sparse neurons"),
         ("--moe-router-topk", "experts are not sparse neurons"),
         ("--multi-latent-attention", "latent attention has no heads to omit"),
-        ("--attention-output-gate", "dense Llama-like models"),
+        ("--attention-output-gate", "dense Llama-like models and GPT-2"),
         ("--fp8-format", "use --bf16"),
         ("--cuda-graph-impl", "captured graph"),
         ("--use-megatron-fsdp", "use --use-distributed-optimizer"),
