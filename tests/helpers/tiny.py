@@ -12,10 +12,25 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_sat.distributed import Layout, initialize_model_parallel
+from megatron_sat.layers.activation import tanh_gelu
 from megatron_sat.model.builder import Embedding, build_chunks
 from megatron_sat.sparsity.selector import Selector
 
 VOCAB, SEQ = 128, 32
+
+
+GPT2: dict[str, Any] = {
+    "normalization": "LayerNorm",
+    "gated_linear_unit": False,
+    "activation_func": tanh_gelu,
+    "add_bias_linear": True,
+    "num_query_groups": 8,
+}
+"""Changes of `tiny_config` to GPT-2's layers; `GPT2_OUTSIDE` to what lies around them."""
+GPT2_OUTSIDE: dict[str, Any] = {
+    "position_embedding_type": "learned_absolute",
+    "share_embeddings_and_output_weights": True,
+}
 
 
 def layout(*, tp: int = 1, pp: int = 1, cp: int = 1, virtual_pp: int | None = None) -> Layout:
@@ -52,9 +67,9 @@ def tiny_config(**changes: Any) -> TransformerConfig:
 
 
 def tiny_chunks(config: TransformerConfig | None = None, **changes: Any) -> list[nn.Module]:
-    """This rank's chunks, filled by `fill`. ``share_embeddings_and_output_weights`` goes to the embedding."""
-    tied = changes.pop("share_embeddings_and_output_weights", False)
-    embedding = Embedding(padded_vocab_size=VOCAB, max_sequence_length=SEQ, share_embeddings_and_output_weights=tied)
+    """This rank's chunks, filled by `fill`. What is a field of `Embedding` goes there."""
+    outside = {name: changes.pop(name) for name in Embedding.__dataclass_fields__ if name in changes}
+    embedding = Embedding(**{"padded_vocab_size": VOCAB, "max_sequence_length": SEQ} | outside)
     chunks = build_chunks(config or tiny_config(**changes), embedding)
     for chunk in chunks:
         fill(chunk)

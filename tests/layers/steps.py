@@ -42,6 +42,8 @@ class Setup:
     virtual_pp: int | None = None
     model: dict[str, Any] = field(default_factory=dict)
     """Changes of `tiny_config`, on top of `WIDE`."""
+    outside: dict[str, Any] = field(default_factory=dict)
+    """Changes of what lies around the layers, for `tiny_chunks`."""
     selection: dict[str, Any] = field(default_factory=dict)
     rate: Fraction = Fraction(1, 2)
     steps: int = 1
@@ -75,6 +77,8 @@ def outcome(setup: Setup, prepare: Callable[[], None] = lambda: None) -> Outcome
         grads |= rank.grads
         for step, choice in enumerate(rank.choices):
             choices[step] |= choice
+    if setup.outside.get("share_embeddings_and_output_weights") and setup.pp > 1:  # the head of the last stage
+        grads["embedding.word_embeddings.weight"] += grads.pop("output_layer.weight")
     return Outcome(losses[0], grads, choices)
 
 
@@ -89,7 +93,7 @@ def attached(chunks: list[Any], *, selection: dict[str, Any], there: Layout, rat
 def _take_steps(_: int, setup: Setup, prepare: Callable[[], None]) -> Outcome:
     prepare()
     there = layout(tp=setup.tp, pp=setup.pp, cp=setup.cp, virtual_pp=setup.virtual_pp)
-    chunks = tiny_chunks(tiny_config(**WIDE | setup.model))
+    chunks = tiny_chunks(tiny_config(**WIDE | setup.model), **setup.outside)
     controller = attached(chunks, selection=setup.selection, there=there, rate=setup.rate, steps=setup.steps)
     losses: list[float] = []
     choices = []
@@ -112,9 +116,9 @@ def _take_steps(_: int, setup: Setup, prepare: Callable[[], None]) -> Outcome:
 def _forward_backward(chunks: list[Any], setup: Setup, there: Layout, step: int) -> list[float]:
     """All micro-batches of a step. Returns their losses on the last stage, nothing elsewhere."""
 
-    def forward_step(iterator: Iterator[tuple[Tensor, Tensor]], chunk: Any) -> Any:
-        tokens, labels = next(iterator)
-        output = chunk(tokens, positions(len(tokens)), None, labels=labels)
+    def forward_step(iterator: Iterator[tuple[Tensor, ...]], chunk: Any) -> Any:
+        tokens, labels, places = next(iterator)
+        output = chunk(tokens, places, None, labels=labels)
 
         def loss_of(losses: Tensor) -> tuple[Tensor, Tensor]:
             loss = losses.mean()
@@ -123,7 +127,8 @@ def _forward_backward(chunks: list[Any], setup: Setup, there: Layout, step: int)
 
         return output, loss_of
 
-    data = [_part(*batch(10 * step + i, setup.size), there) for i in range(setup.micro_batches)]
+    places = positions(setup.size)
+    data = [_part(*batch(10 * step + i, setup.size), places, there=there) for i in range(setup.micro_batches)]
     iterators = [iter(data) for _ in chunks]
     reports: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -139,7 +144,7 @@ def _forward_backward(chunks: list[Any], setup: Setup, there: Layout, step: int)
     return [float(loss) / (there.dp_size * there.cp_size) for loss in reports]
 
 
-def _part(tokens: Tensor, labels: Tensor, there: Layout) -> tuple[Tensor, Tensor]:
+def _part(*wholes: Tensor, there: Layout) -> tuple[Tensor, ...]:
     """This replica's sequences, and of each this context-parallel rank's two zigzag chunks."""
 
     def cut(whole: Tensor) -> Tensor:
@@ -147,4 +152,4 @@ def _part(tokens: Tensor, labels: Tensor, there: Layout) -> tuple[Tensor, Tensor
         chunks = mine.chunk(2 * there.cp_size, dim=1)
         return torch.cat([chunks[there.cp_rank], chunks[2 * there.cp_size - 1 - there.cp_rank]], dim=1)
 
-    return cut(tokens), cut(labels)
+    return tuple(cut(whole) for whole in wholes)

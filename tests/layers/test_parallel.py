@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.tiny import GPT2, GPT2_OUTSIDE
 from tests.helpers.tolerances import FP32_SUMS
 from tests.layers.steps import Outcome, Setup, outcome
 
@@ -44,15 +45,23 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lagged": ({}, {"statistics": "lagged"}),
     "inverse-keep": ({}, {"rescale": "inverse-keep"}),
 }
+GPT2S: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "gpt2-wanda": {"importance": "wanda"},
+    "gpt2-contribution": {"importance": "contribution"},
+}
+MODELS |= {name: (GPT2, selection) for name, selection in GPT2S.items()}
 CASES = [(layout, "gqa") for layout in LAYOUTS]
 CASES += [("tp2-cp2-sp", model) for model in MODELS if model != "gqa"]
+CASES += [("tp2-pp2-sp", "gpt2"), ("dp2", "gpt2")]
 
 
 def setup_of(layout: str | None, model: str) -> Setup:
     config, selection = MODELS[model]
     where = dict(LAYOUTS[layout]) if layout else {}
     config = config | {"sequence_parallel": where.pop("sequence_parallel", False)}
-    return Setup(model=config, selection={"selection_groups": 4} | selection, steps=2, **where)
+    outside = GPT2_OUTSIDE if model in GPT2S else {}
+    return Setup(model=config, outside=outside, selection={"selection_groups": 4} | selection, steps=2, **where)
 
 
 @cache

@@ -6,7 +6,11 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    model_parallel_cuda_manual_seed,
+)
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -14,10 +18,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor, nn
 
 from megatron_sat.distributed import Layout
-from megatron_sat.layers.norm import RMSNorm
-from megatron_sat.model.spec import sparse_layer_spec
+from megatron_sat.model.spec import norm_for, sparse_layer_spec
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tiny import SEQ, VOCAB, batch, layout, losses, tiny_chunks, tiny_config
+from tests.helpers.tiny import GPT2, GPT2_OUTSIDE, SEQ, VOCAB, batch, layout, losses, tiny_chunks, tiny_config
 from tests.layers.steps import attached
 
 STEPS = 10
@@ -25,6 +28,7 @@ STEPS = 10
 
 def megatrons(weights: dict[str, Any], **changes: Any) -> nn.Module:
     """The same model of Megatron's classes; only norm and core attention are ours, or bits would differ."""
+    outside = {"position_embedding_type": "rope"} | {k: changes.pop(k) for k in GPT2_OUTSIDE if k in changes}
     config = tiny_config(**changes)
     spec = sparse_layer_spec(config)
     attention = spec.submodules.self_attention
@@ -37,10 +41,10 @@ def megatrons(weights: dict[str, Any], **changes: Any) -> nn.Module:
     spec.submodules.mlp = ModuleSpec(module=MLP, submodules=plain)
     model = GPTModel(
         config,
-        TransformerBlockSubmodules(layer_specs=[spec] * config.num_layers, layer_norm=RMSNorm),
+        TransformerBlockSubmodules(layer_specs=[spec] * config.num_layers, layer_norm=norm_for(config)),
         vocab_size=VOCAB,
         max_sequence_length=SEQ,
-        position_embedding_type="rope",
+        **outside,
     )
     model.load_state_dict(weights)
     return model
@@ -51,6 +55,7 @@ def train(model: nn.Module, there: Layout, *, rate: Fraction) -> list[Tensor]:
     selection = {"selection_groups": there.tp_size}
     controller = attached([model], selection=selection, there=there, rate=rate, steps=STEPS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model_parallel_cuda_manual_seed(2, force_reset_rng=True)  # of dropout
     found = []
     for step in range(1, STEPS + 1):
         optimizer.zero_grad()
@@ -77,8 +82,9 @@ MODELS = pytest.mark.parametrize(
         (1, {}),
         (1, {"add_bias_linear": True, "qk_layernorm": True}),
         (2, {"sequence_parallel": True, "num_layers": 2}),
+        (1, GPT2 | GPT2_OUTSIDE | {"hidden_dropout": 0.1, "attention_dropout": 0.1, "num_layers": 2}),
     ],
-    ids=["llama", "biases-qk-norm", "tp2-sp"],
+    ids=["llama", "biases-qk-norm", "tp2-sp", "gpt2-dropout"],
 )
 
 

@@ -24,7 +24,7 @@ from megatron_sat.sparsity.schedule import ScheduleConfig, build_schedule
 from megatron_sat.sparsity.selector import SelectionConfig
 from tests.helpers.counting import as_causal, by_product, counting
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tiny import SEQ, VOCAB, batch, layout, losses, tiny_chunks, tiny_config
+from tests.helpers.tiny import GPT2, GPT2_OUTSIDE, SEQ, VOCAB, batch, layout, losses, tiny_chunks, tiny_config
 
 LLAMA_7B = ModelShape(
     num_layers=32, hidden_size=4096, num_attention_heads=32, num_query_groups=32, kv_channels=128,
@@ -43,7 +43,8 @@ def count_steps(
 ) -> list[dict[str, int]]:
     """torch's count of one forward and backward of the sparse model at each rate, by kind of product."""
     there = layout(tp=tp)
-    (chunk,) = tiny_chunks(tiny_config(**config))
+    outside = {name: config.pop(name) for name in GPT2_OUTSIDE if name in config}
+    (chunk,) = tiny_chunks(tiny_config(**config), **outside)
     attach_selectors([chunk], config=SelectionConfig(**selection), layout=there)
     counted = []
     for step, rate in enumerate(rates, start=1):
@@ -87,6 +88,18 @@ def test_the_formula_is_what_torch_counts_at_every_rate(gqa):
         step_flops(TINY, kept, tokens=TOKENS, causal=False) for kept in expected
     ]
     assert len({kept.channels for kept in expected}) == 4  # four different counts, or the test says little
+
+
+def test_the_formula_is_what_torch_counts_of_gpt2():
+    """Two matrices an MLP, a group of each head, a tied head; biases and positions are no products."""
+    shape = replace(TINY, num_query_groups=8, gated=False)
+    counted = counted_at(*RATES, **GPT2, **GPT2_OUTSIDE)
+
+    expected = [kept_at(rate, shape=shape) for rate in RATES]
+    assert [sum(ops.values()) for ops in counted] == [
+        step_flops(shape, kept, tokens=TOKENS, causal=False) for kept in expected
+    ]
+    assert len({(kept.heads, kept.channels) for kept in expected}) == 4
 
 
 PARTS: list[dict[str, Any]] = [

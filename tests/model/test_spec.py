@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_sat.layers.core_attention import SDPACoreAttention
 from megatron_sat.model.spec import core_attention_for, norm_for, sparse_layer_spec
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tiny import SEQ, VOCAB, bare, batch, layout, losses, tiny_chunks, tiny_config
+from tests.helpers.tiny import GPT2, GPT2_OUTSIDE, SEQ, VOCAB, bare, batch, layout, losses, tiny_chunks, tiny_config
 from tests.helpers.tolerances import FP32_SUMS
 
 MODELS = pytest.mark.parametrize(
@@ -24,19 +24,22 @@ MODELS = pytest.mark.parametrize(
         {"qk_layernorm": True},
         {"add_bias_linear": True},
         {"gated_linear_unit": False},
+        GPT2 | GPT2_OUTSIDE,
     ],
-    ids=["llama", "qwen2", "qwen3", "bias", "no-gate"],
+    ids=["llama", "qwen2", "qwen3", "bias", "no-gate", "gpt2"],
 )
 
 
 def megatrons(**changes: Any) -> GPTModel:
     """Plain Megatron, without anything of ours."""
+    outside = {"position_embedding_type": "rope"} | {k: v for k, v in changes.items() if k in GPT2_OUTSIDE}
+    config = tiny_config(**{k: v for k, v in changes.items() if k not in GPT2_OUTSIDE})
     return GPTModel(
-        tiny_config(**changes),
-        get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=changes.get("qk_layernorm", False)),
+        config,
+        get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm),
         vocab_size=VOCAB,
         max_sequence_length=SEQ,
-        position_embedding_type="rope",
+        **outside,
     )
 
 
@@ -105,7 +108,7 @@ def refused(_: int, changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"normalization": "LayerNorm"}, "--normalization must be RMSNorm for sparse layers, got LayerNorm"),
+        ({"normalization": "L2Norm"}, "--normalization must be one of RMSNorm, LayerNorm for .*, got L2Norm; Llama"),
         ({"layernorm_zero_centered_gamma": True}, "--apply-layernorm-1p must be off for sparse layers"),
         ({"memory_efficient_layer_norm": True}, "memory_efficient_layer_norm needs apex' norm"),
         ({"num_moe_experts": 4}, "dense Llama-like models, got num_moe_experts=4"),
@@ -116,7 +119,7 @@ def refused(_: int, changes: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_what_is_not_llama_like_is_refused_by_name(changes: dict[str, Any], text: str) -> None:
+def test_what_is_neither_llamas_nor_gpt2s_is_refused_by_name(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(RuntimeError, match=f"ValueError: .*{text}"):
         run_ranks(refused, 1, changes)
 
@@ -133,9 +136,9 @@ def test_insisting_on_flash_attention_that_is_not_installed_is_refused() -> None
 
 def chosen(_: int) -> list[str]:
     layout()
-    config = tiny_config()
-    return [core_attention_for(config).__name__, norm_for(config).__name__]
+    norms = [norm_for(tiny_config(normalization=kind)).__name__ for kind in ("RMSNorm", "LayerNorm")]
+    return [core_attention_for(tiny_config()).__name__, *norms]
 
 
 def test_on_a_machine_without_a_gpu_torch_attends_and_normalises() -> None:
-    assert run_ranks(chosen, 1)[0] == [SDPACoreAttention.__name__, "RMSNorm"]
+    assert run_ranks(chosen, 1)[0] == [SDPACoreAttention.__name__, "RMSNorm", "LayerNorm"]
