@@ -3,8 +3,8 @@
 State, bytes a parameter (ZeRO, Rajbhandari et al. 2020, section 3.1; megatron.core's docs of its distributed
 optimizer): bf16 weights 2, fp32 gradients 4, fp32 master weights and Adam's two moments 12, each over as many ranks
 as hold a part of it. Activations are what autograd keeps (Korthikanti et al. 2022, section 4, counted again for this
-program's layers: RMSNorm, rotary positions in one kernel, an attention that builds no s x s matrix, SwiGLU in one
-kernel on a GPU), times the micro-batches that a pipeline has under way (1F1B: Narayanan et al. 2021).
+program's layers: RMSNorm or LayerNorm, rotary positions in one kernel, an attention that builds no s x s matrix, SwiGLU
+in one kernel on a GPU), times the micro-batches that a pipeline has under way (1F1B: Narayanan et al. 2021).
 
 Not counted: what the driver, NCCL and the allocator take beside it.
 """
@@ -32,6 +32,26 @@ class Cut:
     in_flight: int | None = None
     """Micro-batches that an interleaved pipeline passes on at a time; None: as many as it has ranks."""
     sequence_parallel: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """What a model has besides a Llama's matrices and weights of norms."""
+
+    linear_biases: bool = False
+    """Of every matrix of a layer."""
+    qkv_biases: bool = False
+    """Of queries, keys and values; `linear_biases` has them too."""
+    norm_biases: bool = False
+    """LayerNorm, which also keeps two numbers of each token for its backward, not one."""
+    positions: int = 0
+    """Rows of learned positions, on the first pipeline rank."""
+    rotates: bool = True
+    """Whether queries and keys are rotated, to values of their own."""
+
+
+LLAMA = Beside()
+"""Nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +88,7 @@ class Work:
     fused_swiglu: bool = True
     dropout: bool = False
     """Of the hidden state; a mask of one byte a number is kept."""
+    beside: Beside = LLAMA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +161,7 @@ def _on_stage(
     packs: bool,
     tied: bool,
 ) -> Memory:
-    number = parameters(shape, stage, cut=cut, tied=tied)
+    number = parameters(shape, stage, cut=cut, tied=tied, beside=work.beside)
     state = Memory(
         weights=_share(number * size.weight, shards.weights),
         gradients=_share(number * size.gradient, shards.gradients),
@@ -183,15 +204,26 @@ def layer_matrices(shape: ModelShape, kept: KeptShape, *, tensor: int) -> int:
     return shape.hidden_size * (shape.kv_channels * heads + channels) // tensor
 
 
-def parameters(shape: ModelShape, stage: int, *, cut: Cut, tied: bool) -> int:
-    """Parameters on each rank of a pipeline stage, without biases; norms are whole on every rank."""
-    number = cut.layers[stage] * (layer_matrices(shape, whole(shape), tensor=cut.tensor) + 2 * shape.hidden_size)
+def parameters(shape: ModelShape, stage: int, *, cut: Cut, tied: bool, beside: Beside = LLAMA) -> int:
+    """Parameters on each rank of a pipeline stage; norms, positions and biases of sums are whole on every rank."""
+    norm = (1 + beside.norm_biases) * shape.hidden_size
+    matrices = layer_matrices(shape, whole(shape), tensor=cut.tensor)
+    number = cut.layers[stage] * (matrices + 2 * norm + _layer_biases(shape, tensor=cut.tensor, beside=beside))
     rows = shape.hidden_size * shape.padded_vocab_size // cut.tensor
     first, last = stage == 0, stage == len(cut.layers) - 1
-    number += rows if first else 0
+    number += rows + beside.positions * shape.hidden_size if first else 0
     if last:
-        number += shape.hidden_size + (0 if tied and first else rows)
+        number += norm + (0 if tied and first else rows)
     return number
+
+
+def _layer_biases(shape: ModelShape, *, tensor: int, beside: Beside) -> int:
+    """Of one layer on one rank: QKV and fc1 are cut with their rows; those of O and down are added to whole sums."""
+    of_qkv = shape.kv_channels * (shape.num_attention_heads + 2 * shape.num_query_groups) // tensor
+    of_fc1 = (2 if shape.gated else 1) * shape.ffn_hidden_size // tensor
+    if beside.linear_biases:
+        return of_qkv + of_fc1 + 2 * shape.hidden_size
+    return of_qkv if beside.qkv_biases else 0
 
 
 def layer_bytes(shape: ModelShape, kept: KeptShape, *, cut: Cut, size: Bytes, work: Work) -> dict[str, int]:
@@ -207,10 +239,14 @@ def layer_bytes(shape: ModelShape, kept: KeptShape, *, cut: Cut, size: Bytes, wo
     wide = tokens * channels * size.weight
     # fc1's output and fc2's input; without the fused kernel also σ(gate), and up after an offset of 0 is added to it
     factor = (3 if work.fused_swiglu else 5) if shape.gated else 2
+    rotated = heads + groups
+    if not work.beside.rotates:  # Q, K and V are views of the projection, but where several heads share a group
+        rotated = 0 if shape.heads_per_group == 1 else heads
+    statistics = 2 if work.beside.norm_biases else 1
     return {
-        "inputs": 2 * hidden + 2 * 4 * split,  # and each token's scale, fp32
+        "inputs": 2 * hidden + 2 * 4 * statistics * split,  # and each token's scale, and mean, fp32
         "layernorm": 2 * hidden,
-        "qkv": head * ((heads + 2 * groups) + heads + groups),  # V is a view that keeps the projection alive
+        "qkv": head * ((heads + 2 * groups) + rotated),  # V is a view that keeps the projection alive
         "core_attn": 4 * tokens * heads,  # the log of each sum, fp32; its output is proj's input
         "proj": head * heads,
         "mlp": factor * wide,

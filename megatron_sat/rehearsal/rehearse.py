@@ -29,7 +29,7 @@ from megatron_sat.flags.defaults import Machine
 from megatron_sat.model.flops import ModelShape
 from megatron_sat.plan import Plan, show
 from megatron_sat.rehearsal.cluster import Cluster, remarks
-from megatron_sat.rehearsal.memory import GIB, Bytes, Cut, Memory, Shards, Work, estimate
+from megatron_sat.rehearsal.memory import GIB, Beside, Bytes, Cut, Memory, Shards, Work, estimate
 
 PRETENDED = Machine(cuda=True, flash_attn=True, apex=True)
 """What the cluster's hosts are taken to have."""
@@ -137,10 +137,23 @@ def memory_of(config: Config, *, shape: ModelShape, plan: Plan) -> Memory:
             else 1,
             fused_swiglu=bool(transformer.get("bias_activation_fusion")),
             dropout=bool(transformer.get("hidden_dropout")),
+            beside=beside_of(config),
         ),
         kept=[planned.kept for planned in plan.rungs],
         packs=config.weights == "compact",
         tied=not config.model.untie_embeddings_and_output_weights,
+    )
+
+
+def beside_of(config: Config) -> Beside:
+    """What the settings give a model besides a Llama's parameters."""
+    transformer, positions = config.transformer, config.model.position_embedding_type
+    return Beside(
+        linear_biases=bool(transformer.get("add_bias_linear")),
+        qkv_biases=bool(transformer.get("add_qkv_bias")),
+        norm_biases=transformer.get("normalization") == "LayerNorm",
+        positions=config.model.max_position_embeddings if positions == "learned_absolute" else 0,
+        rotates=positions == "rope",
     )
 
 

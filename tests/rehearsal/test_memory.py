@@ -10,12 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch.nn.functional as F
 from megatron.core import parallel_state
 
 from megatron_sat.layers import rope
 from megatron_sat.model.flops import KeptShape, ModelShape, Recompute, kept_shape, whole
 from megatron_sat.rehearsal.memory import (
     GIB,
+    Beside,
     Bytes,
     Cut,
     Memory,
@@ -30,7 +32,7 @@ from megatron_sat.rehearsal.memory import (
 from tests.helpers.plain_engine import MICRO_BATCHES, make_engine, train
 from tests.helpers.ranks import run_ranks
 from tests.helpers.saved import Saved
-from tests.helpers.tiny import SEQ, VOCAB, bare, batch, layout, losses, tiny_chunks
+from tests.helpers.tiny import GPT2, GPT2_OUTSIDE, SEQ, VOCAB, bare, batch, layout, losses, tiny_chunks
 
 LLAMA_7B = ModelShape(
     num_layers=32, hidden_size=4096, num_attention_heads=32, num_query_groups=32, kv_channels=128,
@@ -43,6 +45,7 @@ TINY = ModelShape(
 MIXED = Bytes(weight=2, gradient=4, optimizer=12)
 ALONE = Cut(tensor=1, context=1, layers=(32,))
 PLAIN = Work(micro_batch_size=1, num_micro_batches=8, recompute=Recompute())
+GPT2_HAS = Beside(linear_biases=True, norm_biases=True, positions=SEQ, rotates=False)
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
@@ -122,10 +125,10 @@ def test_a_step_on_an_h100_took_what_the_estimate_says(rate: str, weights: str) 
     assert found.total / GIB == pytest.approx(measured, rel=0.02)
 
 
-def saved_bytes(_: int, num_layers: int, micro_batch_size: int, fused: bool) -> int:
+def saved_bytes(_: int, num_layers: int, micro_batch_size: int, fused: bool, changes: dict[str, Any]) -> int:
     rope.install()
     layout()
-    (chunk,) = tiny_chunks(num_layers=num_layers, bias_activation_fusion=fused)
+    (chunk,) = tiny_chunks(**{"num_layers": num_layers, "bias_activation_fusion": fused} | changes)
     with Saved([chunk]) as saved:
         losses(chunk, *batch(1, micro_batch_size))
     return saved.peak
@@ -134,16 +137,27 @@ def saved_bytes(_: int, num_layers: int, micro_batch_size: int, fused: bool) -> 
 @pytest.mark.parametrize(("micro_batch_size", "fused"), [(1, True), (3, True), (1, False)])
 def test_autograd_keeps_of_a_layer_what_is_counted(micro_batch_size: int, fused: bool) -> None:
     """To the byte, by two models in fp32 that differ by two layers."""
-    deep, flat = (run_ranks(saved_bytes, 1, layers, micro_batch_size, fused)[0] for layers in (4, 2))
+    deep, flat = (run_ranks(saved_bytes, 1, layers, micro_batch_size, fused, {})[0] for layers in (4, 2))
     work = replace(PLAIN, micro_batch_size=micro_batch_size, fused_swiglu=fused)
     parts = layer_bytes(TINY, whole(TINY), cut=ALONE, size=Bytes(weight=4, gradient=4, optimizer=8), work=work)
     normalised = parts["layernorm"]  # kept by torch's RMSNorm on a CPU; a GPU's kernel works it out again
     assert deep - flat == 2 * (sum(parts.values()) + normalised)
 
 
-def rank_parameters(_: int, tp: int, pp: int) -> tuple[int, int]:
+@pytest.mark.parametrize("groups", [8, 4])
+@pytest.mark.parametrize("fused", [False, True])
+def test_autograd_keeps_of_a_layer_of_gpt2_what_is_counted(fused: bool, groups: int) -> None:
+    changes = GPT2 | GPT2_OUTSIDE | {"num_query_groups": groups} | ({"activation_func": F.gelu} if fused else {})
+    deep, flat = (run_ranks(saved_bytes, 1, layers, 2, fused, changes)[0] for layers in (4, 2))
+    shape = replace(TINY, gated=False, num_query_groups=groups)
+    work = replace(PLAIN, micro_batch_size=2, beside=GPT2_HAS)
+    parts = layer_bytes(shape, whole(shape), cut=ALONE, size=Bytes(weight=4, gradient=4, optimizer=8), work=work)
+    assert deep - flat == 2 * sum(parts.values())
+
+
+def rank_parameters(_: int, tp: int, pp: int, changes: dict[str, Any]) -> tuple[int, int]:
     layout(tp=tp, pp=pp)
-    chunks = tiny_chunks()
+    chunks = tiny_chunks(**changes)
     number = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
     return parallel_state.get_pipeline_model_parallel_rank(), number
 
@@ -151,8 +165,38 @@ def rank_parameters(_: int, tp: int, pp: int) -> tuple[int, int]:
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
 def test_parameters_are_those_of_the_model_that_is_built(tp: int, pp: int) -> None:
     cut = Cut(tensor=tp, context=1, layers=(4 // pp,) * pp)
-    for stage, number in run_ranks(rank_parameters, tp * pp, tp, pp):
+    for stage, number in run_ranks(rank_parameters, tp * pp, tp, pp, {}):
         assert number == parameters(TINY, stage, cut=cut, tied=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "beside"),
+    [
+        (GPT2 | GPT2_OUTSIDE, GPT2_HAS),
+        ({"add_qkv_bias": True}, Beside(qkv_biases=True)),
+        ({"add_bias_linear": True}, Beside(linear_biases=True)),
+    ],
+    ids=["gpt2", "qwen2", "biases"],
+)
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_biases_and_positions_are_those_of_the_model_that_is_built(
+    tp: int, pp: int, changes: dict[str, Any], beside: Beside
+) -> None:
+    cut = Cut(tensor=tp, context=1, layers=(4 // pp,) * pp)
+    gated = changes.get("gated_linear_unit", True)
+    shape = replace(TINY, gated=gated, num_query_groups=changes.get("num_query_groups", 4))
+    tied = changes.get("share_embeddings_and_output_weights", False)
+    for stage, number in run_ranks(rank_parameters, tp * pp, tp, pp, changes):
+        assert number == parameters(shape, stage, cut=cut, tied=tied, beside=beside)
+
+
+def test_gpt2_small_has_its_published_number_of_parameters() -> None:
+    shape = ModelShape(
+        num_layers=12, hidden_size=768, num_attention_heads=12, num_query_groups=12, kv_channels=64,
+        ffn_hidden_size=3072, gated=False, padded_vocab_size=50257, seq_length=1024,
+    )  # fmt: skip
+    has = replace(GPT2_HAS, positions=1024)
+    assert parameters(shape, 0, cut=replace(ALONE, layers=(12,)), tied=True, beside=has) == 124_439_808
 
 
 # -- what follows from settings
