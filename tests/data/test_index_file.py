@@ -89,6 +89,8 @@ def test_a_data_set_without_tokens_is_refused(tmp_path):
         (34 + 48, struct.pack("<q", 1), "have documents from sequence 0 to 4, got 1 and 4"),
         (34 + 48 + 32, struct.pack("<q", 9), "have documents from sequence 0 to 4, got 0 and 9"),
         (34 + 48 + 8, struct.pack("<q", 3), "have documents in ascending order"),
+        # apart by more than 64 bits hold
+        (34 + 48 + 8, struct.pack("<qq", 3 + 2**56, -(127 * 2**56)), "have documents in ascending order"),
     ],
 )
 def test_a_changed_idx_is_refused_with_the_rule_it_breaks(tmp_path, offset, content, message):
