@@ -83,6 +83,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"out": folder / "out", "code": code, "said": first, "again": again, "said_again": list(said)}
 
 
+@pytest.mark.parametrize("file", sorted(SMALL.parent.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_example_can_be_read(file: Path) -> None:
+    assert compare._read(file).name == file.stem
+
+
 def test_the_exit_code_says_whether_all_requirements_hold(made: dict[str, Any]) -> None:
     assert (made["code"], made["again"]) == (1, 0)
     (holds, breaks) = [line for line in made["said"] if line.startswith("required: ")]
