@@ -1,4 +1,4 @@
-"""Continue the pre-training of a Llama-like model with sparsity-accelerated steps, on megatron.core.
+"""Pre-train a Llama-like model or GPT-2, or go on with it, with sparsity-accelerated steps, on megatron.core.
 
     torchrun --nproc-per-node 8 pretrain_sat.py <Megatron-LM's flags> --sat-schedule ladder --sat-omission-rate 0.5 ...
 

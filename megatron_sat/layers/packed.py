@@ -4,7 +4,8 @@ What says so comes to the model as its attention mask, in a form of ours, the *b
 of a micro-batch [b, s] laid end to end. Row 0: where each of the n sequences begins, and at last b s. Row 1: 1 where
 it is an example, 0 where it is padding. Any other mask means: each window is one sequence.
 
-Rotary positions need no new beginning: a score depends on the distance of two positions alone.
+Rotary positions need no new beginning: a score depends on the distance of two positions alone. Learned ones get it: the
+position ids of a batch begin anew with each example.
 """
 
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
-"""Floating-point operations of a training step of a Llama-like model, whole or with neurons left out.
+"""Floating-point operations of a training step of a Llama-like model or GPT-2, whole or with neurons left out.
 
 Counted are the matrix products, two operations a multiply-add: QKV, O, gate, up, down, attention scores and
-values, logits; a backward is two forwards. Not counted: embedding look-up, norms, softmax, rotary positions,
+values, logits; a backward is two forwards. Not counted: embedding look-up, norms, biases, softmax, positions,
 optimizer, and what a fused attention kernel computes twice for itself. Sums are over all ranks, and exact.
 
 Attention is counted causally: a token attends to (s + 1) / 2 tokens on average, itself included, which is

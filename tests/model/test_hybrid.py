@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tiny import SEQ, VOCAB, batch, layout, losses, tiny_chunks, tiny_config, whole_choices
+from tests.helpers.tiny import GPT2, SEQ, VOCAB, batch, layout, losses, tiny_chunks, tiny_config, whole_choices
 from tests.layers.steps import WIDE, attached
 
 hybrid_model = pytest.importorskip(
@@ -17,6 +17,7 @@ hybrid_model = pytest.importorskip(
 )
 sparse_hybrid = importlib.import_module("megatron_sat.model.hybrid")
 
+GPT2_LAYERS = {name: value for name, value in GPT2.items() if name != "num_query_groups"}
 GPT_TO_HYBRID = {
     "decoder.layers.0.input_layernorm": "decoder.layers.0.input_layernorm",
     "decoder.layers.0.self_attention": "decoder.layers.0.self_attention",
@@ -74,8 +75,8 @@ def both_steps(_: int, rate: Fraction, tp: int, changes: dict[str, Any]) -> list
 @pytest.mark.parametrize("rate", [Fraction(0), Fraction(1, 2)], ids=["dense", "sparse"])
 @pytest.mark.parametrize(
     "tp, changes",
-    [(1, {}), (1, {"qk_layernorm": True, "add_qkv_bias": True}), (2, {"sequence_parallel": True})],
-    ids=["llama", "qwen", "tp2-sp"],
+    [(1, {}), (1, {"qk_layernorm": True, "add_qkv_bias": True}), (2, {"sequence_parallel": True}), (1, GPT2_LAYERS)],
+    ids=["llama", "qwen", "tp2-sp", "gpt2"],
 )
 def test_a_hybrid_model_keeps_and_computes_what_the_gpt_model_does(
     rate: Fraction, tp: int, changes: dict[str, Any]

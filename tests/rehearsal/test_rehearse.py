@@ -1,5 +1,6 @@
 """A rehearsed run: the cluster's own configuration, what is said of it, and when it is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from megatron_sat.build import build_run
 from megatron_sat.engines.sparse_reduce import ROUND
 from megatron_sat.pretrain import main
 from megatron_sat.rehearsal.cluster import Cluster
-from megatron_sat.rehearsal.memory import Memory
+from megatron_sat.rehearsal.memory import GIB, Memory
 from megatron_sat.rehearsal.rehearse import _optimizer_bytes, _shards, layers_by_rank, memory_of, take
 from tests.helpers.command_line import LADDER, llama, run
 from tests.helpers.program import LADDER as SHORT_LADDER
@@ -129,10 +130,28 @@ def test_the_papers_runs_fit_their_gpus(
     assert "warning: tensor" not in out
 
 
+@pytest.mark.parametrize("method", ["", "mst", "mst-structured"])
+def test_gpt2_small_is_124_million_parameters_and_fits_one_gpu(
+    method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"--baseline {method} --mst-rate 0.8 --mst-warmup 2000 --mst-restoration 4000" if method else ""
+    paths = ["--tokenizer-model", "/none", "--train-data-path", "/none"]
+    code, out, err = dry(capsys, argv=["--config", str(CONFIGS / "gpt2-small.yaml"), *paths, *flags.split()])
+    assert (code, err) == (0, "")
+    assert "50304 rows" in out and "dry run: the settings fit each other and 1 a100" in out
+    number = 124_439_808 + (50304 - 50257) * 768  # as published, and the padding of the vocabulary
+    assert re.search(rf"gradients +│ {4 * number / GIB:.2f} ", out)
+    assert re.search(rf"optimizer +│ {12 * number / GIB:.2f} ", out)
+
+
 # -- memory, from settings
 
+GPT2 = "--swiglu --normalization --disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type"
+"""Left out of the command line, they leave Megatron-LM's defaults: GPT-2's, but for grouped queries."""
 
-def test_the_estimate_of_a_run_knows_its_state_to_the_byte(text: Text) -> None:
+
+@pytest.mark.parametrize("without", ["", GPT2], ids=["llama", "gpt2"])
+def test_the_estimate_of_a_run_knows_its_state_to_the_byte(without: str, text: Text) -> None:
     """Weights, gradients and Adam's moments of a model that is built; the distributed optimizer pads its parts."""
 
     def state(_: int, argv: list[str]) -> tuple[Memory, int]:
@@ -140,7 +159,7 @@ def test_the_estimate_of_a_run_knows_its_state_to_the_byte(text: Text) -> None:
         memory = memory_of(built.config, shape=built.shape, plan=built.plan)
         return memory, sum(p.numel() for chunk in built.engine.chunks for p in chunk.parameters())
 
-    ((memory, number),) = run_ranks(state, 1, text.command(SHORT_LADDER))
+    ((memory, number),) = run_ranks(state, 1, text.command(SHORT_LADDER, without=without))
     assert (memory.weights, memory.gradients, memory.optimizer) == (4 * number, 4 * number, 8 * number)
     assert memory.packed > 0
 
