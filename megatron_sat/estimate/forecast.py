@@ -18,7 +18,7 @@ from megatron_sat.model.flops import NO_RECOMPUTE, KeptShape, ModelShape
 from megatron_sat.plan import Plan, PlannedRung, span, stretches
 from megatron_sat.rehearsal.cluster import Cluster
 from megatron_sat.rehearsal.memory import GIB, Memory
-from megatron_sat.rehearsal.rehearse import layers_by_rank, memory_of
+from megatron_sat.rehearsal.rehearse import beside_of, layers_by_rank, memory_of
 
 MEASURED_IMPORTANCE = "maxip"
 """The metric whose choosing `benchmarks/bench_layer.py` times: the program's default."""
@@ -180,6 +180,7 @@ def step_of(
         graphs=graphs,
         interval=config.selection.selection_interval,
         tied=not config.model.untie_embeddings_and_output_weights,
+        beside=beside_of(config),
     )
 
 
@@ -242,8 +243,8 @@ def spread_of(config: Config, *, cluster: Cluster, links: Links) -> Spread:
 
 def _remarks(config: Config, *, steps: Sequence[StepTime], replayed: float) -> list[str]:
     """replayed: the run's time with --layer-graphs, as a share of its own."""
-    found, selection = [], config.selection
-    if replayed < 1 - WORTH_SAYING:
+    found, selection, others = [], config.selection, _unlike_what_was_measured(config)
+    if replayed < 1 - WORTH_SAYING and not {"biases", "dropout"} & set(others):  # with which nothing is replayed
         waits = "layers or their choices wait for launches"
         found.append(f"{waits}: with --layer-graphs the run would take {replayed:.1%} of its time")
     sparse = config.schedule.kind != "none"
@@ -251,6 +252,8 @@ def _remarks(config: Config, *, steps: Sequence[StepTime], replayed: float) -> l
         found.append(f"choosing was measured for {MEASURED_IMPORTANCE}, not for {selection.importance}")
     if sparse and config.weights != "compact":
         found.append("layers are predicted as packed once a step; --sat-weights gather is slower")
+    if others:
+        found.append(f"layers were measured as Llama has them: what {', '.join(others)} cost beside that is left out")
     distance = max(step.distance for step in steps)
     if distance > FAR:
         found.append(
@@ -258,6 +261,18 @@ def _remarks(config: Config, *, steps: Sequence[StepTime], replayed: float) -> l
             "measure it with benchmarks/bench_layer.py --models and --tokens"
         )
     return found
+
+
+def _unlike_what_was_measured(config: Config) -> list[str]:
+    """What a layer has that none of those had which were measured."""
+    beside, transformer = beside_of(config), config.transformer
+    has = {
+        "biases": beside.linear_biases or beside.qkv_biases,
+        "LayerNorm": beside.norm_biases,
+        "positions that are not rotations": not beside.rotates,
+        "dropout": bool(transformer.get("hidden_dropout") or transformer.get("attention_dropout")),
+    }
+    return [name for name, there in has.items() if there]
 
 
 def communication(spread: Spread) -> list[str]:

@@ -17,7 +17,7 @@ from functools import partial
 from megatron_sat.estimate.hardware import Figure, Hardware, Kind, Reduction
 from megatron_sat.estimate.links import Link
 from megatron_sat.model.flops import NO_RECOMPUTE, KeptShape, ModelShape, Recompute, whole
-from megatron_sat.rehearsal.memory import Cut, layer_matrices, parameters
+from megatron_sat.rehearsal.memory import LLAMA, Beside, Cut, layer_matrices, parameters
 
 KINDS: tuple[Kind, ...] = ("forward", "input", "weight")
 ACTIVATION = 2
@@ -104,11 +104,12 @@ def predict_step(
     graphs: bool = False,
     interval: int = 1,
     tied: bool = False,
+    beside: Beside = LLAMA,
 ) -> StepTime:
     """A step in which each layer computes ``kept``, on the pipeline rank that takes longest.
 
     graphs: layers and choices are replayed, so no launch is waited for. interval: steps that a choice is kept. tied:
-    the head is the embedding.
+    the head is the embedding. beside: parameters that are updated too; a layer's time is that of Llama's.
     """
     dense, parts, tokens = whole(shape), list[Figure](), batch.micro_batch_size * shape.seq_length
     of_layer = partial(
@@ -130,7 +131,7 @@ def predict_step(
     stage, longest = _longest_stage(spread, layer=layer + sums, head=head)
     here, last = spread.layers[stage], stage == len(spread.layers) - 1
     cut = Cut(tensor=spread.tensor, context=1, layers=spread.layers)
-    number = parameters(shape, stage, cut=cut, tied=tied)
+    number = parameters(shape, stage, cut=cut, tied=tied, beside=beside)
     choosing = 0.0
     if kept != dense:
         every, some = (layer_matrices(shape, each, tensor=spread.tensor) for each in (dense, kept))

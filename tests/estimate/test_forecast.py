@@ -14,8 +14,8 @@ from megatron_sat.estimate.step import Batch, Spread, predict_step
 from megatron_sat.flags.defaults import Machine
 from megatron_sat.model.flops import kept_shape, whole
 from megatron_sat.rehearsal.cluster import Cluster
-from megatron_sat.rehearsal.rehearse import memory_of, model_shape, vocabulary_rows
-from tests.estimate.tables import even
+from megatron_sat.rehearsal.rehearse import beside_of, memory_of, model_shape, vocabulary_rows
+from tests.estimate.tables import PER_PARAMETER, even
 from tests.helpers.command_line import LADDER, run
 
 CUDA = Machine(cuda=True)
@@ -171,6 +171,40 @@ def test_deepspeed_is_not_predicted():
 )
 def test_what_the_prediction_does_not_know_is_said(more, remark):
     assert any(remark in said for said in predicted(more).remarks)
+
+
+GPT2 = (
+    "--no-swiglu --openai-gelu --normalization LayerNorm --add-bias-linear --position-embedding-type learned_absolute "
+    "--hidden-dropout 0.1"
+)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (GPT2, "biases, LayerNorm, positions that are not rotations, dropout"),
+        ("--add-qkv-bias", "biases"),
+        ("--attention-dropout 0.1", "dropout"),
+    ],
+)
+def test_what_no_measured_layer_had_is_named(more, named):
+    said = f"layers were measured as Llama has them: what {named} cost beside that is left out"
+    assert said in predicted(f"{LADDER} {more}").remarks
+    assert not any("as Llama has them" in remark for remark in predicted().remarks)
+
+
+def test_layers_that_cannot_be_replayed_are_not_pointed_to_graphs():
+    for more in ("--add-bias-linear", "--hidden-dropout 0.1"):
+        assert not any("--layer-graphs" in remark for remark in predicted(more, launch_seconds=1.0).remarks)
+
+
+def test_biases_and_positions_are_updated_too():
+    more = "--add-bias-linear --position-embedding-type learned_absolute"
+    config = run(more, machine=CUDA)
+    extra = 4 * (8 * 8 + 2 * 4 * 8 + 2 * 176 + 2 * 64) + 64 * 64  # of each layer; and a row a position
+    updates = [predicted(each).dense.update for each in ("", more)]
+    assert beside_of(config).positions == 64
+    assert updates[1] - updates[0] == pytest.approx(extra * PER_PARAMETER)
 
 
 def test_a_default_run_on_one_gpu_needs_no_word_on_metrics_or_communication():
