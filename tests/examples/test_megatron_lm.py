@@ -59,6 +59,7 @@ def test_the_example_trains_sparse_and_then_dense(sparse: subprocess.CompletedPr
     assert rates == [("1", "0.5", "0.5"), ("2", "0.5", "0.5"), ("3", "0.0", "0.0"), ("4", "0.0", "0.0")]
 
 
+@pytest.mark.slow
 def test_its_losses_differ_from_dense_training_from_the_first_step_on(sparse: subprocess.CompletedProcess[str]) -> None:
     dense = run(port=29762)
     assert dense.returncode == 0, dense.stderr[-3000:]

@@ -62,7 +62,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[] if case.startswith("dp 2") else pytest.mark.slow) for case in LAYOUTS]
+    "case", [pytest.param(case, marks=[] if case == "one rank" else pytest.mark.slow) for case in LAYOUTS]
 )
 def test_the_run_and_all_its_checkpoints_are_those_of_saving_at_once(case: str, text: Text, tmp_path: Path) -> None:
     """Bit for bit, and resumed from the middle."""

@@ -199,7 +199,7 @@ def test_the_count_goes_through_a_checkpoint(text: Text, tmp_path: Path) -> None
     assert (count, "That is bad step 2" in str(word)) == (2, True)
 
 
-@pytest.mark.parametrize("layout", layouts("dp 2, distributed optimizer"))
+@pytest.mark.parametrize("layout", layouts("dp 2"))
 def test_a_rollback_goes_back_to_the_last_checkpoint_and_on_behind_the_bad_step(
     layout: str, text: Text, tmp_path: Path
 ) -> None:

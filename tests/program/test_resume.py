@@ -102,7 +102,9 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize(
+    "move", [pytest.param(move, marks=pytest.mark.slow if move == "two replicas to one" else []) for move in MOVES]
+)
 def test_a_run_resumed_in_another_layout_equals_the_uninterrupted_one(move: str, text: Text, tmp_path: Path) -> None:
     """With selection groups: the same neurons, and losses but for the order of sums."""
     (ranks, flags), (new_ranks, new_flags) = MOVES[move]
