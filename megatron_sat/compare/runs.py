@@ -82,10 +82,15 @@ class Run:
         return self.windows[-1].elapsed_seconds
 
     @property
+    def spans(self) -> list[tuple[int, float]]:
+        """Steps and seconds of each window."""
+        ends = [(0, 0.0), *((window.step, window.elapsed_seconds) for window in self.windows)]
+        return [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(ends)]
+
+    @property
     def median_step_seconds(self) -> float:
         """Of a step, of the median window: what the first steps cost more does not count."""
-        ends = [(0, 0.0), *((window.step, window.elapsed_seconds) for window in self.windows)]
-        return statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(ends))
+        return statistics.median(seconds / steps for steps, seconds in self.spans)
 
     @property
     def executed_flops(self) -> float:
