@@ -28,6 +28,11 @@ from megatron_sat.training.reading import Reader
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {
     "tiny": "--hidden-size 128 --num-attention-heads 8 --ffn-hidden-size 352",
+    "smollm2-135m": (
+        "--hidden-size 576 --num-attention-heads 9 --group-query-attention --num-query-groups 3"
+        " --ffn-hidden-size 1536"
+    ),
+    "small": "--hidden-size 768 --num-attention-heads 12 --ffn-hidden-size 2048",
     "tinyllama-1.1b": (
         "--hidden-size 2048 --num-attention-heads 32 --group-query-attention --num-query-groups 4"
         " --ffn-hidden-size 5632"
