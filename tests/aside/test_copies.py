@@ -176,7 +176,8 @@ def test_the_kernel_compiles_for_a_gpu_without_one() -> None:
 def test_a_gpu_moves_what_torch_moves_and_the_host_never_waits() -> None:
     tensors = matrices("cuda")
     lines, copies = lines_in(tensors), Copies()
-    assert check(copies, tensors, lines) == check(Copies(), here := matrices(), lines_in(here))
+    here = matrices()
+    assert check(copies, tensors, lines) == check(Copies(), here, lines_in(here))
     copies.copy(lines)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
