@@ -3,16 +3,22 @@
 `megatron.core.parallel_state`, or the `Layout` that it returned.
 """
 
+import fcntl
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+TURN = "MEGATRON_SAT_TURN"
+"""A file: of the runs that are told of it, one trains at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +30,8 @@ class Launch:
     local_rank: int
     local_world_size: int | None = None
     """Ranks on this host; None: nobody said, so it is taken to be the only one."""
+    turn: Path | None = None
+    """What `in_turn` holds."""
 
     @property
     def ranks_a_host(self) -> int:
@@ -42,7 +50,28 @@ def read_launch() -> Launch:
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         local_world_size=int(here) if here else None,
+        turn=Path(turn) if (turn := os.environ.get(TURN)) else None,
     )
+
+
+@contextmanager
+def in_turn(launch: Launch) -> Iterator[None]:
+    """Wait until no other run trains that was told of the same file, and let none meanwhile; all ranks of the group.
+
+    The lock is the process's: one that is killed holds it no longer.
+    """
+    if launch.turn is None:
+        yield
+        return
+    if dist.get_rank() > 0:
+        dist.barrier()
+        yield
+        return
+    launch.turn.parent.mkdir(parents=True, exist_ok=True)
+    with launch.turn.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        dist.barrier()
+        yield
 
 
 def open_store(launch: Launch, *, timeout_seconds: float) -> dist.Store:

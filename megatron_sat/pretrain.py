@@ -64,7 +64,8 @@ def main(argv: Sequence[str]) -> int:
         distributed.leave(patience_seconds=PATIENCE_SECONDS)
         return cli.USAGE_ERROR
     try:
-        code = session.train()
+        with distributed.in_turn(launch):
+            code = session.train()
     except (BadStep, NotSaved) as problem:
         if launch.rank == 0:
             sys.stderr.write(f"error: {problem}\n")

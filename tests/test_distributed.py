@@ -1,7 +1,9 @@
 """Launch, groups and layout; what a launcher forgot or a layout cannot be is said in one line."""
 
+import fcntl
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_sat.distributed import Launch, initialize_model_parallel, join, leave, read_launch
+from megatron_sat.distributed import TURN, Launch, in_turn, initialize_model_parallel, join, leave, read_launch
 from tests.helpers.ranks import run_ranks
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -178,3 +180,33 @@ def giving_up(rank: int) -> tuple[bool, bool]:
 
 def test_a_rank_gives_up_on_others_that_do_not_come() -> None:
     assert run_ranks(giving_up, 2)[1] == (False, False)
+
+
+def train_in_turn(rank: int, folder: Path) -> list[bool]:
+    """Whether the file is another's to take: while this run trains, and afterwards."""
+
+    def is_free() -> bool:
+        with (folder / "turn").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    found = []
+    with in_turn(Launch(rank=rank, world_size=2, local_rank=rank, turn=folder / "turn")):
+        found.append(is_free())
+        dist.barrier()
+    dist.barrier()
+    return [*found, is_free()] if rank == 0 else found
+
+
+def test_a_run_that_is_told_of_a_file_lets_no_other_train_meanwhile(tmp_path: Path) -> None:
+    assert run_ranks(train_in_turn, 2, tmp_path) == [[False, True], [False]]
+
+
+def test_the_file_of_the_turn_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(TURN, str(tmp_path / "turn"))
+    assert read_launch().turn == tmp_path / "turn"
+    monkeypatch.setenv(TURN, "")
+    assert read_launch().turn is None

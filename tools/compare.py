@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     groups, figures = (names(experiment, left_out=without) for names in (group_names, figure_names))
     for text in args.require:
         check(text, groups=groups, figures=figures)
-    check_count(args.gpus, ranks=experiment.ranks)
+    check_count(args.gpus, ranks=experiment.ranks, turns=args.turns)
     shop, environment = this_machine(ROOT, jobs=args.jobs), environment_of(os.environ)
     several = args.gpus > 1
     gpus = alike(visible_devices(environment, python=shop.python), count=args.gpus) if several else ()
@@ -81,7 +81,7 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         jobs=args.jobs,
     )
     lab = Lab(shop=shop, experiment=experiment, out=args.out.resolve())
-    conduct = Conduct(lab=lab, runner=runner, without=without, gpus=gpus)
+    conduct = Conduct(lab=lab, runner=runner, without=without, gpus=gpus, turns=args.turns)
     if args.dry_run:
         conduct.rehearse()
         return 0
@@ -166,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     shared = "training runs too, over the GPUs in turn, only without dense_equal_time"
     add("--jobs", type=int, default=1, help=f"stages at once; {shared} (default: 1)")
     add("--gpus", type=int, default=1, help="training runs at once, each alone on its GPU, all of a kind (default: 1)")
+    add("--turns", type=int, default=1, help="runs begun where one trains at a time, the others start up (default: 1)")
     add("--dry-run", action="store_true", help="say the commands and run none")
     past = actions.add_parser("history", help="what comparisons found, the oldest first", allow_abbrev=False)
     add = past.add_argument

@@ -42,6 +42,8 @@ class Conduct:
 
     Empty: one run at a time, which sees all that this process sees.
     """
+    turns: int = 1
+    """Runs that are begun at once where one is to train at a time: the others start up, or end, meanwhile."""
 
     def __post_init__(self) -> None:
         for name in self.without:
@@ -57,12 +59,13 @@ class Conduct:
     @property
     def shared(self) -> bool:
         """Whether more training runs are made at once than there are GPUs: only where no time is compared."""
-        return EQUAL_TIME in self.without and self.runner.jobs > max(1, len(self.gpus))
+        return self.turns == 1 and EQUAL_TIME in self.without and self.runner.jobs > max(1, len(self.gpus))
 
     @property
     def places(self) -> list[Place]:
         """Where training runs are made, at once."""
-        return places(self.gpus, at_once=self.runner.jobs if self.shared else max(1, len(self.gpus)))
+        at_once = self.runner.jobs if self.shared else max(1, len(self.gpus))
+        return places(self.gpus, at_once=at_once, turns=self.turns, turn=self.lab.out / "turns")
 
     def prepare(self) -> None:
         """What comes before any training."""
@@ -117,6 +120,7 @@ class Conduct:
             passes={name: _passes(each) for name, each in stages.items()},
             left_out=self.without,
             shared=self.shared,
+            turns=self.turns,
         )
 
     def rehearse(self) -> None:
@@ -134,7 +138,7 @@ class Conduct:
                 f"time, {len(experiment.seeds)} seeds each; variants with equally many share one"
             )
         if self.gpus:
-            say(f"training runs: {len(self.places)} at once, on the GPUs {', '.join(self.gpus)}")
+            say(f"training runs: {self.places[0].at_once} at once, on the GPUs {', '.join(self.gpus)}")
         say(f"{len(every)} stages in {self.lab.shop.named(self.lab.out)}, without those")
 
     # -- which runs there are

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
+from pathlib import Path
 
 from megatron_sat.compare.stages import Place
 
@@ -59,8 +60,10 @@ def _silent(said: str) -> RuntimeError:
     return RuntimeError(f"--gpus needs the names of the GPUs, torch says instead: {said}; see what nvidia-smi says")
 
 
-def check_count(count: int, *, ranks: int) -> None:
-    """Raise ValueError for what --gpus cannot be, whatever GPUs there are. ranks: of a run."""
+def check_count(count: int, *, ranks: int, turns: int = 1) -> None:
+    """Raise ValueError for what --gpus and --turns cannot be, whatever GPUs there are. ranks: of a run."""
+    if turns < 1:
+        raise ValueError(f"--turns must be at least 1, got {turns}; leave it out for runs one after the other")
     if count < 1:
         raise ValueError(f"--gpus must be at least 1, got {count}; leave it out for one run at a time")
     if count > 1 and ranks > 1:
@@ -92,7 +95,16 @@ def alike(devices: Sequence[Device], *, count: int) -> tuple[str, ...]:
     return tuple(device.handle for device in chosen)
 
 
-def places(handles: Sequence[str], *, at_once: int) -> list[Place]:
-    """Where runs are made: ``at_once`` places, spread over the GPUs in turn; without any, wherever a command goes."""
+def places(handles: Sequence[str], *, at_once: int, turns: int = 1, turn: Path | None = None) -> list[Place]:
+    """Where runs are made: ``at_once`` places, spread over the GPUs in turn; without any, wherever a command goes.
+
+    turns: so many places take turns where one would be; turn: the folder of their files, needed for more than one.
+    """
     devices: Sequence[str | None] = handles or [None]
-    return [Place(device=device, at_once=at_once) for device in islice(cycle(devices), at_once)]
+    chosen = list(islice(cycle(devices), at_once))
+    if turns == 1:
+        return [Place(device=device, at_once=at_once) for device in chosen]
+    assert turn is not None
+    files = [turn / f"{number}-{device or 'any'}" for number, device in enumerate(chosen)]
+    pairs = turns * list(zip(chosen, files, strict=True))
+    return [Place(device=device, at_once=at_once, turn=file) for device, file in pairs]

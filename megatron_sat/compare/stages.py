@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from megatron_sat.distributed import TURN
 from megatron_sat.log import say
 
 MARKER = "done.json"
@@ -46,6 +47,8 @@ class Place:
     """CUDA_VISIBLE_DEVICES of the command; None: what the runner's environment says."""
     at_once: int = 1
     """Stages in all such places together. Those on a device share the cores out among them."""
+    turn: Path | None = None
+    """The places with this file take turns: a stage begins, and trains when no other one of theirs does."""
 
     def threads(self, own: int) -> int:
         """OMP_NUM_THREADS of a stage that alone would have ``own``."""
@@ -254,11 +257,13 @@ class Runner:
             raise errors[0]
 
     def _run(self, command: Sequence[str], *, stage: Stage, place: Place) -> int:
-        whose = f"  {stage.name}: " if place.at_once > 1 else "  "
+        whose = f"  {stage.name}: " if place.at_once > 1 or place.turn else "  "
         with (stage.folder / LOG).open("a") as log:
             environment = {**self.environment, "OMP_NUM_THREADS": str(place.threads(stage.threads))}
             if place.device is not None:
                 environment["CUDA_VISIBLE_DEVICES"] = place.device
+            if place.turn is not None:
+                environment[TURN] = str(place.turn)
             process = self.running.begin(command, environment=environment, folder=self.working_folder)
             assert process.stdout is not None
             try:

@@ -96,6 +96,8 @@ class Study:
     """Controls that were not run, on request."""
     shared: bool = False
     """Whether runs shared the machine, so that their times say nothing."""
+    turns: int = 1
+    """How many runs were begun where one trained at a time."""
 
     @cached_property
     def figures(self) -> dict[str, dict[str, Spread]]:

@@ -98,6 +98,8 @@ def how_timed(study: Study) -> list[str]:
         counts = ["alone" if number == 1 else f"{number} side by side" for number in study.at_once]
         uneven = "" if len(counts) == 1 else "; cores, disk and bus were not shared by equally many"
         said.append(f"Runs: one per GPU, {' or '.join(counts)}{uneven}.")
+    if study.turns > 1:
+        said.append(f"Runs took turns: one trained at a time, up to {study.turns - 1} others started up beside it.")
     if study.experiment.time == "settled":
         said.append("Times are settled: of each rate's first records, only what the others of that rate took counts.")
     return said

@@ -3,9 +3,10 @@
 It runs by itself in a bare interpreter and imports nothing of the project. FAIL names a piece of a call that fails.
 Dense steps take a second, sparse ones PACE, and BEGINS once before them. A run's loss follows from its settings and its
 seed alone. In the folder DEVICES a training run holds its device for a moment, and fails where another one has it; it
-leaves there how it ran.
+leaves there how it ran. It waits for its turn where it was given one.
 """
 
+import fcntl
 import json
 import os
 import sys
@@ -47,9 +48,14 @@ def occupy(folder: Path) -> None:
         return
     device = os.environ.get("CUDA_VISIBLE_DEVICES", "any")
     held = Path(devices, f"{device}.held")
-    with held.open("x"):
-        time.sleep(0.1)
-    held.unlink()
+    turn = Path(os.environ.get("MEGATRON_SAT_TURN", os.devnull))
+    turn.parent.mkdir(exist_ok=True)
+    with turn.open("w") as file:
+        if "MEGATRON_SAT_TURN" in os.environ:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with held.open("x"):
+            time.sleep(0.1)
+        held.unlink()
     Path(devices, f"{folder.parent.name}-{folder.name[-1]}").write_text(f"{device} {os.environ['OMP_NUM_THREADS']}")
 
 

@@ -72,6 +72,7 @@ def conduct_of(
     jobs: int = 1,
     without: tuple[str, ...] = (),
     gpus: tuple[str, ...] = (),
+    turns: int = 1,
     reads: bool = False,
     **environment: str,
 ) -> Conduct:
@@ -84,7 +85,7 @@ def conduct_of(
         working_folder=lab.shop.root,
         jobs=jobs,
     )
-    return (Conduct if reads else _Unread)(lab=lab, runner=runner, without=without, gpus=gpus)
+    return (Conduct if reads else _Unread)(lab=lab, runner=runner, without=without, gpus=gpus, turns=turns)
 
 
 def made(lab: Lab, **how: Any) -> tuple[Study, list[str]]:

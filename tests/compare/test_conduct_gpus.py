@@ -48,6 +48,13 @@ def test_two_runs_on_one_device_would_be_noticed(lab: Lab) -> None:
         _devices(lab, gpus=("0", "0"))
 
 
+def test_runs_that_take_turns_are_begun_together_and_hold_the_device_one_at_a_time(lab: Lab) -> None:
+    study, found = _devices(lab, turns=3)
+    assert set(found) == ON_DEVICES | EQUAL
+    assert (study.turns, study.at_once, study.shared) == (3, (1,), False)
+    assert len(conduct_of(lab, turns=3).places) == 3
+
+
 def test_runs_begin_seed_by_seed_and_controls_after_all_that_they_follow_from(lab: Lab) -> None:
     _, calls = made(lab, gpus=("0", "1"))
     assert calls[0] == "text"

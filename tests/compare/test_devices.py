@@ -70,6 +70,11 @@ def test_what_gpus_cannot_be_is_refused(count: int, ranks: int, says: str) -> No
         check_count(count, ranks=ranks)
 
 
+def test_no_turns_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"--turns must be at least 1, got 0; leave it out for runs one after"):
+        check_count(1, ranks=1, turns=0)
+
+
 @pytest.mark.parametrize(("count", "ranks"), [(1, 1), (1, 8), (8, 1)])
 def test_one_gpu_goes_with_any_ranks_and_any_gpus_with_one(count: int, ranks: int) -> None:
     check_count(count, ranks=ranks)
@@ -100,6 +105,15 @@ def test_places_go_round_the_gpus() -> None:
     assert [place.device for place in places(("x", "y"), at_once=5)] == ["x", "y", "x", "y", "x"]
     assert places(("x", "y"), at_once=2) == [Place(device="x", at_once=2), Place(device="y", at_once=2)]
     assert places((), at_once=3) == 3 * [Place(at_once=3)]
+
+
+def test_places_that_take_turns_have_one_file_for_each_gpu(tmp_path: Path) -> None:
+    found = places(("x", "y"), at_once=2, turns=3, turn=tmp_path)
+    one, other = (
+        Place(device=device, at_once=2, turn=tmp_path / name) for device, name in (("x", "0-x"), ("y", "1-y"))
+    )
+    assert found == 3 * [one, other]
+    assert places((), at_once=1, turns=2, turn=tmp_path) == 2 * [Place(turn=tmp_path / "0-any")]
 
 
 def test_places_on_devices_share_the_cores_out() -> None:

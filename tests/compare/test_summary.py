@@ -118,6 +118,11 @@ def test_runs_that_had_a_gpu_each_are_said_to_have_stood_side_by_side(
     assert json.loads((tmp_path / "report.json").read_text())["runs_at_once"] == sorted({n for c in counts for n in c})
 
 
+def test_runs_that_took_turns_are_said_to_have(tmp_path: Path) -> None:
+    says = "Runs took turns: one trained at a time, up to 2 others started up beside it."
+    assert how_timed(replace(study(tmp_path), turns=3)) == [says]
+
+
 def test_nothing_is_said_of_runs_that_were_alone_or_whose_times_mean_nothing(tmp_path: Path) -> None:
     assert how_timed(study(tmp_path)) == []
     assert how_timed(replace(_at_once(study(tmp_path), (4,), (4,)), shared=True)) == []

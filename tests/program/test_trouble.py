@@ -1,5 +1,6 @@
 """A full disk, a folder that cannot be written, data or settings that changed: each one clear line, nothing lost."""
 
+import fcntl
 import hashlib
 import json
 import resource
@@ -12,6 +13,7 @@ import pytest
 from megatron_sat import pretrain
 from megatron_sat.checkpoint.folder import iterations
 from megatron_sat.checkpoint.resume import open_checkpoint
+from megatron_sat.distributed import TURN
 from tests.helpers.killing import job
 from tests.helpers.program import Text, digests, open_session, read_records, start
 from tests.helpers.ranks import run_ranks
@@ -173,3 +175,11 @@ def test_another_number_of_ranks_goes_on(text: Text, begun: Path, tmp_path: Path
     ended = start(resumed(text, tmp_path / "copy"), ranks=2)
     assert ended.codes == [0, 0], ended.err
     assert [line["step"] for line in read_records(tmp_path / "copy" / "save" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_is_to_queue_does(text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has the file trains; this one was free, and is free again."""
+    monkeypatch.setenv(TURN, str(tmp_path / "turns" / "one"))
+    assert start(text.command()).codes == [0]
+    with (tmp_path / "turns" / "one").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
