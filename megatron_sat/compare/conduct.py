@@ -22,7 +22,7 @@ from megatron_sat.compare.measured import read_measured
 from megatron_sat.compare.runs import Run, read_run, steps_that_fit
 from megatron_sat.compare.settled import settled
 from megatron_sat.compare.stages import Place, Runner, Stage
-from megatron_sat.compare.study import Group, Study, Trial, group_of_rate_zero
+from megatron_sat.compare.study import Group, Study, Trial, dense_of_steps, group_of_rate_zero
 from megatron_sat.data.side_file import CONVERSATIONS, read_side_file
 from megatron_sat.log import say
 
@@ -50,6 +50,10 @@ class Conduct:
             if name not in CONTROLS:
                 raise ValueError(f"--without-control must be one of {', '.join(CONTROLS)}, got {name}; choose one")
         needing = [name for name in (EQUAL_TIME, RATE_ZERO) if name not in self.without]
+        if DENSE in self.without and self.lab.experiment.dense_steps:
+            raise ValueError(
+                f"--without-control {DENSE} leaves out what budget: dense_steps asks for; remove one of the two"
+            )
         if DENSE in self.without and needing:
             raise ValueError(
                 f"--without-control {DENSE} takes from {' and '.join(needing)} what they are measured by; add "
@@ -153,7 +157,11 @@ class Conduct:
         """All runs whose steps are known beforehand, by group."""
         experiment = self.lab.experiment
         seeds, variants = experiment.seeds, experiment.variants
-        found = {} if DENSE in self.without else {DENSE: self._planned(DENSE, {}, seeds=seeds)}
+        found = {}
+        if DENSE not in self.without:
+            found[DENSE] = self._planned(DENSE, {}, seeds=seeds)
+            for steps in experiment.dense_steps:
+                found[dense_of_steps(steps)] = self._planned(dense_of_steps(steps), {}, seeds=seeds, steps=steps)
         found |= {name: self._planned(name, settings, seeds=seeds) for name, settings in variants.items()}
         for name in self._zeroed:  # what must be the dense run is proven by one seed
             some = seeds[:1] if method_alone(variants[name]) else seeds
@@ -177,8 +185,8 @@ class Conduct:
         dense = [trial.run for trial in groups[DENSE].trials.values()]
         for variant in experiment.variants:
             steps = equal_time_steps(dense, [trial.run for trial in groups[variant].trials.values()])
-            shares[variant] = DENSE if steps == experiment.steps else f"{DENSE}_{steps}_steps"
-            if steps != experiment.steps:
+            shares[variant] = DENSE if steps == experiment.steps else dense_of_steps(steps)
+            if shares[variant] not in groups:
                 further[shares[variant]] = self._planned(shares[variant], {}, seeds=experiment.seeds, steps=steps)
         return shares, further
 

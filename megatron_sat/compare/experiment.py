@@ -20,7 +20,7 @@ _PARTS = {
     "": ("name", "program", "model", "data", "budget", "training", "seeds", "variants"),
     "model": ("fresh", "checkpoint", "hf", "tokenizer"),
     "data": ("train", "replay", "valid", "new", "old", "template"),
-    "budget": ("steps", "ranks", "time"),
+    "budget": ("steps", "dense_steps", "ranks", "time"),
 }
 TIMES = ("all", "settled")
 """All of a run's time; or without what the first steps of each rate took longer."""
@@ -70,6 +70,8 @@ class Experiment:
     """Of tools/prepare_sft.py, for finetune_sat.py."""
     steps: int
     """Updates of every run but the equal-time controls."""
+    dense_steps: tuple[int, ...]
+    """Other lengths of dense training, for what it has after other operations."""
     ranks: int
     """Processes of a run."""
     time: str
@@ -129,6 +131,7 @@ def experiment_from(given: Mapping[str, Any], *, folder: Path, name: str) -> Exp
         old=data.get("old"),
         template=str(data.get("template", "tokenizer")),
         steps=_count(budget, "steps"),
+        dense_steps=_other_steps(budget),
         ranks=_count({"ranks": 1, **budget}, "ranks"),
         time=budget.get("time", TIMES[0]),
         training=_settings(_part(given, "training", known=False)),
@@ -171,6 +174,17 @@ def _count(given: Mapping[str, Any], key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"budget: {key} must be a whole number of at least 1, got {value!r}; write for instance 1000")
     return value
+
+
+def _other_steps(budget: Mapping[str, Any]) -> tuple[int, ...]:
+    given = budget.get("dense_steps", [])
+    whole = isinstance(given, list) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in given)
+    if not whole or len({*given, budget["steps"]}) <= len(given):
+        raise ValueError(
+            f"budget: dense_steps must be different numbers of steps, none of them that of all runs "
+            f"({budget['steps']}), got {given!r}; write for instance [500, 750]"
+        )
+    return tuple(given)
 
 
 def _model(given: Mapping[str, Any], *, folder: Path) -> Model:

@@ -188,15 +188,20 @@ def figure_names(experiment: Experiment, *, left_out: Sequence[str] = ()) -> lis
 
 
 def group_names(experiment: Experiment, *, left_out: Sequence[str] = ()) -> list[str]:
-    """The names of groups that a study of it will have, but for those that say a number of steps."""
+    """The names of groups that a study of it will have, but for those whose number of steps time decides."""
     variants = experiment.variants
     omitting = [name for name, settings in variants.items() if sparse(settings)]
     return [
-        *(() if DENSE in left_out else (DENSE,)),
+        *(() if DENSE in left_out else (DENSE, *(dense_of_steps(steps) for steps in experiment.dense_steps))),
         *variants,
         *(() if RATE_ZERO in left_out else (group_of_rate_zero(name) for name in omitting)),
         *(() if EQUAL_TIME in left_out else (f"{EQUAL_TIME}_{name}" for name in variants)),
     ]
+
+
+def dense_of_steps(steps: int) -> str:
+    """The group of dense runs with another number of steps than all runs have."""
+    return f"{DENSE}_{steps}_steps"
 
 
 def figure_of(domain: str) -> str:

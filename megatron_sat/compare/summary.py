@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sat.compare.experiment import DENSE, EQUAL_TIME, RATE_ZERO, Experiment, method_alone, sparse
+from megatron_sat.compare.operations import at_equal_operations
 from megatron_sat.compare.page import Block, Bullets, Code, Heading, Picture, Table, as_html, as_markdown
 from megatron_sat.compare.pictures import draw_progress
 from megatron_sat.compare.provenance import Provenance
@@ -113,6 +114,7 @@ def in_short(study: Study) -> list[str]:
             said.append(_at_equal_time(study, variant))
         if DENSE in study.groups:
             said += [_after_equal_steps(study, variant), _cost(study, variant), _reached(study, variant)]
+            said += at_equal_operations(study, variant)
         if variant in study.rate_zero:
             said.append(_at_rate_zero(study, variant))
         elif RATE_ZERO not in study.left_out and not sparse(study.experiment.variants[variant]):

@@ -259,3 +259,14 @@ def test_the_controls_steps_are_those_of_the_mean_time_at_each_runs_pace(tmp_pat
     dense = [run(tmp_path, "a", pace=0.5), run(tmp_path, "b", pace=1.0)]
     variant = [run(tmp_path, "c", pace=0.2), run(tmp_path, "d", pace=0.4)]  # 30 s: 60 steps of one, 30 of the other
     assert equal_time_steps(dense, variant) == 45
+
+
+def test_dense_training_of_other_lengths_is_made_and_shared_with_a_control_of_as_many(lab: Lab) -> None:
+    longer = other_lab(lab, budget={"steps": 40, "dense_steps": [10, 20]})
+    study, calls = made(longer)
+    assert study.equal_time == {"sat": "dense_20_steps"}
+    assert [call for call in calls if call.startswith(("dense/1", "dense_"))] == [
+        *("dense/1 40", "dense_10_steps/1 10", "dense_20_steps/1 20", "dense_10_steps/2 10", "dense_20_steps/2 20"),
+    ]
+    with pytest.raises(ValueError, match=r"--without-control dense leaves out what budget: dense_steps asks for"):
+        conduct_of(longer, without=("dense", "dense_equal_time", "rate_0"))
