@@ -18,6 +18,7 @@ import os
 import resource
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,30 +45,16 @@ Example = dict[str, Tensor]
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """One fine-tuning; returns the report. Raises ValueError for what cannot be done, before the first step."""
     args = read_flags(argv)
-    tokenizer = tokenizer_of_folder(args.model)
-    template = build_template(args.template, tokenizer=tokenizer)
-    train_set = read_examples(args.data, template=template, max_tokens=args.max_tokens, said="--data")
-    held_out = read_examples(args.valid_data, template=template, max_tokens=args.max_tokens, said="--valid-data")
-    steps = args.train_iters or args.epochs * math.ceil(len(train_set) / args.global_batch_size)
-    arguments = trainer_arguments(args, steps=steps)  # before the model: ZeRO-3 reads it in shards
-    set_seed(args.seed)  # LoRA's A is random
-    prepared = build_model(args, steps=steps)
-    fill = tokenizer.pad if tokenizer.pad != NO_TOKEN else tokenizer.eod
-    trainer = Trainer(
-        prepared.model,
-        arguments,
-        train_dataset=train_set,  # type: ignore[arg-type]  # whatever can be indexed
-        data_collator=lambda examples: collate(examples, fill=fill),
-        callbacks=prepared.callbacks,
-        optimizers=(prepared.optimizer, None),
-    )
+    material = read_material(args)
+    steps = args.train_iters or args.epochs * math.ceil(len(material.train) / args.global_batch_size)
+    trainer, prepared = build_trainer(args, material, steps=steps)
     result = trainer.train(resume_from_checkpoint=args.resume)
     report = {
         "method": args.method,
         "steps": steps,
-        "examples": len(train_set),
-        "trained parameters": sum(whole_size(p) for p in prepared.model.parameters() if p.requires_grad),
-        "held-out loss": response_loss(trainer, held_out, batch=args.micro_batch_size),
+        "examples": len(material.train),
+        "trained parameters": trained_parameters(prepared.model),
+        "held-out loss": response_loss(trainer, material.held_out, batch=args.micro_batch_size),
         "seconds": round(result.metrics["train_runtime"], 3),
         "peak memory": peak_memory(),
         "settings": {name: str(value) for name, value in vars(args).items() if value is not None},
@@ -78,6 +65,45 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name in ("held-out loss", "seconds", "peak memory"):
         say(f"{name}: {report[name]}")
     return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What is learnt, what judges it, and the token that fills batches up."""
+
+    train: list[Example]
+    held_out: list[Example]
+    fill: int
+
+
+def read_material(args: argparse.Namespace) -> Material:
+    """The records of --data and --valid-data, in the model's tokens. Raises ValueError that names file and line."""
+    tokenizer = tokenizer_of_folder(args.model)
+    template = build_template(args.template, tokenizer=tokenizer)
+    return Material(
+        train=read_examples(args.data, template=template, max_tokens=args.max_tokens, said="--data"),
+        held_out=read_examples(args.valid_data, template=template, max_tokens=args.max_tokens, said="--valid-data"),
+        fill=tokenizer.pad if tokenizer.pad != NO_TOKEN else tokenizer.eod,
+    )
+
+
+def build_trainer(args: argparse.Namespace, material: Material, *, steps: int) -> tuple[Trainer, Prepared]:
+    """The Trainer of ``steps`` updates, and the model in it. The order of the examples is that of --seed alone.
+
+    Raises ValueError for what cannot be combined.
+    """
+    arguments = trainer_arguments(args, steps=steps)  # before the model: ZeRO-3 reads it in shards
+    set_seed(args.seed)  # LoRA's A is random
+    prepared = build_model(args, steps=steps)
+    trainer = Trainer(
+        prepared.model,
+        arguments,
+        train_dataset=material.train,  # type: ignore[arg-type]  # whatever can be indexed
+        data_collator=lambda examples: collate(examples, fill=material.fill),
+        callbacks=prepared.callbacks,
+        optimizers=(prepared.optimizer, None),
+    )
+    return trainer, prepared
 
 
 # -- flags
@@ -103,6 +129,7 @@ def read_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="compute in bf16; weights stay fp32")
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing")
     parser.add_argument("--deepspeed", type=Path, help="DeepSpeed's configuration, passed through")
+    parser.add_argument("--log-interval", type=int, default=1, help="steps between losses in the log")
     parser.add_argument("--save-interval", type=int, help="steps between checkpoints; none without")
     parser.add_argument("--resume", type=str, help="a checkpoint's folder")
     add_flags(parser)
@@ -133,7 +160,8 @@ def trainer_arguments(args: argparse.Namespace, *, steps: int) -> TrainingArgume
         deepspeed=None if args.deepspeed is None else str(args.deepspeed),
         save_strategy="no" if args.save_interval is None else "steps",
         save_steps=args.save_interval or 1,
-        logging_steps=1,
+        logging_steps=args.log_interval,
+        logging_nan_inf_filter=False,  # it hides them, and waits for the GPU in every step to see them
         report_to=[],
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
@@ -203,9 +231,9 @@ def response_loss(trainer: Trainer, examples: Sequence[Example], *, batch: int) 
     return float(sums[0] / sums[1])
 
 
-def whole_size(parameter: Tensor) -> int:
-    """Entries of a parameter, also where ZeRO-3 has left a shard of it here."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+def trained_parameters(model: Any) -> int:
+    """How many entries are trained, also where ZeRO-3 has left a shard of each parameter here."""
+    return sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters() if p.requires_grad)
 
 
 def peak_memory() -> str:

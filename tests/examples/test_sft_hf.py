@@ -100,6 +100,13 @@ def test_the_methods_are_different_trainings(place: Path) -> None:
     assert len(set(losses.values())) == len(losses) - 2
 
 
+def test_the_log_has_a_loss_at_each_interval(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(flags(place, "full", "--train-iters", "4"))
+    each = capsys.readouterr().out.count("'loss'")
+    main(flags(place, "full", "--train-iters", "4", "--log-interval", "2"))
+    assert (each, capsys.readouterr().out.count("'loss'")) == (4, 2)
+
+
 def test_spdf_leaves_half_of_each_matrix_zero_until_its_last_sparse_step(place: Path) -> None:
     zeros = []
     for until in ("4", "3"):
