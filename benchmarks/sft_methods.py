@@ -103,6 +103,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--warm-up", type=int, default=8, help="steps of the run before a method's first, which is thrown away")
     add("--flags", default="", help="more flags of sft_hf.py, for all methods")
     args = parser.parse_args(argv)
+    if args.steps < 1 or args.warm_up < 0:
+        parser.error(f"--steps must be at least 1 and --warm-up at least 0, got {args.steps} and {args.warm_up}")
     named = dict(_named(text) for text in args.methods)
     unknown = [name for name, flags in named.items() if not flags]
     if unknown:

@@ -246,6 +246,8 @@ def test_a_part_that_cannot_be_held_out_is_an_error(count: int) -> None:
         (["--methods", "full", "adapter"], "--methods must be of full, .* or NAME='METHOD FLAGS', got adapter"),
         (["--methods", "half=sat --sat-omission-rate 1/2"], "--methods must have full where SAT is, .*; add it"),
         (["--methods", "full", "--lr", "lora=1"], "--lr must be NAME=VALUE with a NAME of --methods, got lora=1; try"),
+        (["--steps", "0"], "--steps must be at least 1 and --warm-up at least 0, got 0 and 8"),
+        (["--warm-up", "-1"], "--steps must be at least 1 and --warm-up at least 0, got 4 and -1"),
         (["--lr", "full"], "--lr must be NAME=VALUE with a NAME of --methods, got full; try full=1e-4"),
         (["--methods", "full", "x=lora --sat-rungs 1"], "--sat-rungs has no effect with --method lora, got 1"),
     ],
