@@ -54,7 +54,10 @@ from megatron_sat.sparsity.controller import Controller, sparse_modules
 WARM_UP = 3
 """Reductions before those that are timed."""
 VOCABULARY = 128
-METHOD = "--sat-schedule constant --sat-omission-rate 0.5 --sat-importance uniform"
+METHOD = (
+    "--sat-schedule constant --sat-omission-rate 0.5 --sat-importance uniform --sat-selection sampling"
+    " --sat-selection-interval 1"
+)
 """Uniform: a step's choice is there without a forward."""
 CASES = (("all-reduce", False), ("all-reduce", True), ("sharded", False), ("sharded", True))
 """(reduction, bucket by bucket)."""

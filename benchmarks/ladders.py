@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.program import ROOT
+from benchmarks.program import PAPER, ROOT
 from megatron_sat.build import kept_of, recompute_of
 from megatron_sat.config import Config
 from megatron_sat.estimate.accuracy import CHANGE, ENOUGH
@@ -56,7 +56,7 @@ class Ladder:
     def flags(self, steps: int) -> str:
         """The program's."""
         start = f"--sat-schedule-start {self.start(steps)} --sat-rungs {self.rungs}"
-        return f"--sat-schedule ladder --sat-omission-rate {self.omission_rate} {start}"
+        return f"--sat-schedule ladder --sat-omission-rate {self.omission_rate} {start} {PAPER}"
 
 
 LADDERS = {

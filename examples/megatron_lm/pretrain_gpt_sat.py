@@ -9,7 +9,8 @@ work, and the method's `--sat-*` flags of pretrain_sat.py with the same meaning 
 
 Left out here, and there in pretrain_sat.py: the choice and its statistics in checkpoints (they matter for a resume
 with --sat-selection-interval above 1 or --sat-statistics lagged, which this script refuses), --sat-sparse-reduce, the
-plan, FLOPs.
+plan, FLOPs. So neurons are chosen as in the paper unless it is said otherwise, not by pretrain_sat.py's defaults, whose
+score pays a dense forward for each choice.
 """
 
 import argparse
@@ -41,13 +42,17 @@ from megatron_sat.sparsity.controller import Controller, sparse_modules
 from megatron_sat.sparsity.schedule import ScheduleConfig, build_schedule, parse_rate
 from megatron_sat.sparsity.selector import SelectionConfig
 
+PAPER = {"sat_importance": "maxip", "sat_selection": "sampling", "sat_selection_interval": 1}
+"""SAT: defaults of this script, where a choice lasts one step."""
+
 
 def add_sat_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """SAT: the method's flags, from the table that pretrain_sat.py has them from."""
     group = parser.add_argument_group("sparsity-accelerated training")
     for flag in METHOD:
         name = flag.names[0]
-        group.add_argument(name, type=functools.partial(flag.read, said=name), default=flag.default, help=flag.help)
+        default = PAPER.get(flag.key, flag.default)
+        group.add_argument(name, type=functools.partial(flag.read, said=name), default=default, help=flag.help)
     return parser
 
 

@@ -21,7 +21,7 @@ from megatron_sat.rehearsal.memory import GIB, Memory
 from megatron_sat.rehearsal.rehearse import beside_of, layers_by_rank, memory_of
 
 MEASURED_IMPORTANCE = "maxip"
-"""The metric whose choosing `benchmarks/bench_layer.py` times: the program's default."""
+"""The metric whose choosing `benchmarks/bench_layer.py` times: the paper's."""
 WORTH_SAYING = 0.02
 """Of a run's time: what --layer-graphs must save to be named."""
 
@@ -249,7 +249,9 @@ def _remarks(config: Config, *, steps: Sequence[StepTime], replayed: float) -> l
         found.append(f"{waits}: with --layer-graphs the run would take {replayed:.1%} of its time")
     sparse = config.schedule.kind != "none"
     if sparse and selection.importance != MEASURED_IMPORTANCE:
-        found.append(f"choosing was measured for {MEASURED_IMPORTANCE}, not for {selection.importance}")
+        every = selection.selection_interval
+        kept = f", which chooses once in {every} steps here" if every > 1 else ""
+        found.append(f"choosing was measured for {MEASURED_IMPORTANCE}, not for {selection.importance}{kept}")
     if sparse and config.weights != "compact":
         found.append("layers are predicted as packed once a step; --sat-weights gather is slower")
     if others:

@@ -5,6 +5,7 @@ not and for what only sparse layers have. Needs settings that `checks.prerequisi
 """
 
 import importlib.util
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-from megatron_sat.flags.baselines import resolve_baseline
+from megatron_sat.flags.baselines import ON_SPARSE_LAYERS, resolve_baseline
 from megatron_sat.flags.deepspeed import resolve_engine
 from megatron_sat.flags.flag import Settings
 from megatron_sat.flags.table import table
@@ -76,6 +77,7 @@ def resolve(given: Settings, *, machine: Machine, world_size: int) -> dict[str, 
     _precision(settings)
     _batch(settings, world_size=world_size)
     _method(settings, machine=machine)
+    _choosing(settings, said={key for key, value in given.items() if value is not None})
     if settings["sft"] and given.get("calculate_per_token_loss") is None:
         settings["calculate_per_token_loss"] = True  # responses are of many lengths: each of their tokens counts alike
     return settings
@@ -174,6 +176,19 @@ def _method(s: dict[str, Any], *, machine: Machine) -> None:
     _fill(s, "sat_weights", "compact" if s["gradient_accumulation_fusion"] else "gather")
     _fill(s, "sat_seed", s["seed"])
     _fill(s, "layer_graphs", False)
+
+
+def _choosing(s: dict[str, Any], *, said: Set[str]) -> None:
+    """The table's way of choosing gives way to what else was said where both cannot be."""
+    if s["baseline"] in ON_SPARSE_LAYERS:
+        return  # it has said all of it
+    if "sat_selection" not in said and s["sat_importance"] == "uniform":
+        s["sat_selection"] = "sampling"  # top-k of equal scores would keep the first neurons forever
+    if "sat_selection_interval" not in said:
+        alone = s["sat_dp_selection"] == "local"  # a checkpoint carries one replica's choice
+        samples = s["train_samples"]
+        steps = s["train_iters"] if samples is None else samples // s["global_batch_size"]
+        s["sat_selection_interval"] = 1 if alone else max(1, min(s["sat_selection_interval"], steps))
 
 
 def written_rate(rate: str) -> str:

@@ -67,7 +67,7 @@ METHOD: tuple[Rule, ...] = (
     Rule(
         keys="sat_temperature sat_seed",
         idle=lambda s: s["sat_selection"] == "top-k",
-        beside="with --sat-selection top-k, which draws nothing",
+        beside="with --sat-selection top-k, the default, which draws nothing",
     ),
     Rule(
         keys="sat_temperature",
@@ -97,7 +97,7 @@ METHOD: tuple[Rule, ...] = (
     Rule(
         keys="sat_swiglu_score",
         idle=lambda s: s["sat_importance"] not in _SCORED_BY_ROWS,
-        beside="with --sat-importance uniform or contribution, which score no row of the gate",
+        beside="with --sat-importance uniform or contribution, the default, which score no row of the gate",
     ),
     Rule(
         keys="sat_statistics sat_dp_selection",

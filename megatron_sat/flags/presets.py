@@ -30,7 +30,13 @@ class Preset:
     """η, of T."""
 
 
-_METHOD = {"sat_schedule": "ladder", "sat_importance": "maxip", "sat_selection": "sampling", "sat_temperature": 0.05}
+_METHOD = {
+    "sat_schedule": "ladder",
+    "sat_importance": "maxip",
+    "sat_selection": "sampling",
+    "sat_temperature": 0.05,
+    "sat_selection_interval": 1,
+}
 PRESETS: dict[str, Preset] = {
     "paper": Preset(
         training={"global_batch_size": 1024, "lr": 5e-5, "lr_decay_style": "cosine"},

@@ -19,7 +19,7 @@ METHOD: tuple[Flag, ...] = (
     option("sat_omission_rate", "rate", help="r, share of neurons left out in the first step, in [0, 1)"),
     option("sat_schedule_start", "int", help="η, last step at the full rate: ladder, linear, cosine"),
     option("sat_rungs", "int", help="L, stages of the descent: ladder"),
-    option("sat_importance", choices=tuple(METRICS), default="maxip", help="how a neuron is scored"),
+    option("sat_importance", choices=tuple(METRICS), default="contribution", help="how a neuron is scored"),
     option(
         "sat_swiglu_score",
         choices=("gate", "up", "gate+up"),
@@ -29,12 +29,17 @@ METHOD: tuple[Flag, ...] = (
     option(
         "sat_selection",
         choices=SELECTIONS,
-        default="sampling",
-        help="from scores to neurons; mixed-growing is of --baseline mst-structured",
+        default="top-k",
+        help="from scores to neurons; sampling of equal ones; mixed-growing is of --baseline mst-structured",
     ),
     option("sat_temperature", "float", default=0.05, help="τ of the sampling, above 0"),
     option("sat_selection_groups", "int", help="G, quotas a layer; as many as TP ranks unless given"),
-    option("sat_selection_interval", "int", default=1, help="K, steps that a choice is kept"),
+    option(
+        "sat_selection_interval",
+        "int",
+        default=100,
+        help="K, steps that a choice is kept; of a shorter run all, of replicas that choose alone 1",
+    ),
     option(
         "sat_channel_multiple",
         "int",

@@ -26,8 +26,8 @@ from megatron_sat.sparsity.schedule import Schedule
 from megatron_sat.sparsity.selection import keep_count
 from megatron_sat.sparsity.selector import Place, SelectionConfig
 
-PAPER = SelectionConfig()
-"""maxip, sampling at τ = 0.05, a new choice every step."""
+PAPER = SelectionConfig(importance="maxip", selection="sampling", temperature=0.05, selection_interval=1)
+"""A new choice every step."""
 
 
 def sparsify(model: Module, *, schedule: Schedule, selection: SelectionConfig = PAPER) -> "SparseModel":

@@ -23,7 +23,7 @@ def _at_least_one(name: str, value: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionConfig:
-    """How neurons are scored and chosen. Each field is the ``--sat-*`` flag of its name."""
+    """How neurons are scored and chosen. Each field is the ``--sat-*`` flag of its name; left out, the paper's."""
 
     importance: str = "maxip"
     """A key of `importance.METRICS`."""

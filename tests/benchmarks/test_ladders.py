@@ -25,6 +25,13 @@ def program() -> dict[str, Any]:
     return {"config": config, "shape": model_shape(config, vocabulary=128)}
 
 
+def test_benchmarks_choose_as_the_paper_does(program: dict[str, Any]):
+    line = flags(SIZE, data="none", cuda=False, steps=90, method=CPT.flags(90))
+    for config in (program["config"], cli.parse(line, world_size=1, cuda=False)):
+        chosen = config.selection
+        assert (chosen.importance, chosen.selection, chosen.selection_interval) == ("maxip", "sampling", 1)
+
+
 def test_the_papers_ladders_are_the_papers():
     rungs = [(rung.first, float(rung.rate)) for rung in CPT.schedule(3000)]
     assert rungs == [(1, 0.5), (2001, 0.4), (2033, 0.3), (2097, 0.2), (2226, 0.1), (2484, 0.0)]

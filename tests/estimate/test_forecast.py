@@ -165,6 +165,10 @@ def test_deepspeed_is_not_predicted():
     ("more", "remark"),
     [
         (f"{LADDER} --sat-importance wanda", "choosing was measured for maxip, not for wanda"),
+        (
+            f"{LADDER} --sat-importance contribution --sat-selection-interval 10",
+            "choosing was measured for maxip, not for contribution, which chooses once in 10 steps here",
+        ),
         (f"{LADDER} --sat-weights gather", "layers are predicted as packed once a step; --sat-weights gather"),
         (LADDER, "away from all that were measured (4 times in one size is 1.4): a guess; measure it with"),
     ],

@@ -126,6 +126,7 @@ def test_est_is_a_way_of_choosing_a_schedule_of_two_parts_and_layers() -> None:
     assert [(r.first, r.last, r.rate) for r in rungs] == [(1, 60, Fraction(1, 4)), (61, 100, Fraction(0))]
     selection = config.selection
     assert (selection.importance, selection.selection, selection.rescale) == ("uniform", "sampling", "inverse-keep")
+    assert selection.selection_interval == 1
     assert run(f"{EST} --sat-seed 5 --est-layer-rate 0.25").baseline == EstConfig(
         layer_rate=Fraction(1, 4), layers_until=20, seed=5
     )

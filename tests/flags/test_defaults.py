@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_sat.cli import as_yaml, parse
 from megatron_sat.config import compose
 from megatron_sat.flags.defaults import Machine, look_at_machine, written_rate
 from megatron_sat.layers.activation import tanh_gelu
@@ -133,6 +134,55 @@ def test_megatron_watches_for_nan_where_nothing_computes_the_norm_but_under_dyna
 def test_the_selection_takes_its_groups_from_tensor_parallelism_and_its_seed_from_the_run():
     selection = run(f"{LADDER} --tensor-model-parallel-size 2 --seed 7", ranks=2).selection
     assert (selection.selection_groups, selection.seed) == (2, 7)
+
+
+CONSTANT = "--sat-schedule constant --sat-omission-rate 0.5"
+
+
+def choosing(more: str = "", *, without: str = "", ranks: int = 1) -> tuple[str, str, int]:
+    selection = run(f"{CONSTANT} {more}", without=without, ranks=ranks).selection
+    return selection.importance, selection.selection, selection.selection_interval
+
+
+def test_a_sparse_run_chooses_the_largest_contributions_and_keeps_them_for_a_hundred_steps():
+    assert choosing("--train-iters 300") == ("contribution", "top-k", 100)
+    assert run(f"{CONSTANT} --train-iters 300").remarks == ()
+
+
+LAYOUTS = ("--engine deepspeed", "--context-parallel-size 2", "--pipeline-model-parallel-size 2")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_how_a_sparse_run_chooses_stands_beside_every_layout(layout):
+    assert choosing(f"--train-iters 300 {layout}", ranks=2) == ("contribution", "top-k", 100)
+
+
+@pytest.mark.parametrize(
+    ("more", "without", "steps"),
+    [
+        ("--train-iters 30", "", 30),
+        ("--train-samples 80", "--train-iters --lr-warmup-iters", 10),
+        ("--train-iters 300 --sat-selection-interval 7", "", 7),
+    ],
+)
+def test_a_run_shorter_than_a_choice_is_kept_keeps_one(more, without, steps):
+    assert choosing(more, without=without) == ("contribution", "top-k", steps)
+
+
+def test_replicas_that_choose_for_themselves_do_so_in_every_step():
+    assert choosing("--sat-dp-selection local", ranks=2) == ("contribution", "top-k", 1)
+
+
+def test_neurons_without_scores_are_sampled():
+    assert choosing("--sat-importance uniform") == ("uniform", "sampling", 100)
+
+
+def test_how_neurons_are_chosen_is_written_down_as_it_is(tmp_path):
+    file = tmp_path / "config.yaml"
+    for more in ("", "--train-iters 30", "--sat-importance uniform", "--sat-importance maxip --sat-selection sampling"):
+        config = run(f"{CONSTANT} {more}")
+        file.write_text(as_yaml(config.settings))
+        assert parse(["--config", str(file)], world_size=1, cuda=False, machine=Machine(cuda=False)) == config
 
 
 def test_the_log_lies_beside_the_checkpoints():

@@ -28,6 +28,7 @@ def test_a_preset_is_the_papers_run(name):
     assert (config.training.global_batch_size, rates.lr, rates.lr_decay_style) == (batch, lr, "cosine")
     chosen = config.selection
     assert (chosen.importance, chosen.selection, chosen.temperature) == ("maxip", "sampling", 0.05)
+    assert chosen.selection_interval == 1
     assert config.settings["sat_preset"] == name
 
 

@@ -16,7 +16,9 @@ LLAMA = """
 --lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 5 --weight-decay 0.1 --clip-grad 1.0
 --data-path 0.7 data/en 0.3 data/zh --split 98,1,1 --tokenizer-type NullTokenizer --vocab-size 256
 """
-LADDER = "--sat-schedule ladder --sat-omission-rate 0.5 --sat-schedule-start 60 --sat-rungs 5"
+PAPER = "--sat-importance maxip --sat-selection sampling --sat-selection-interval 1"
+"""How the paper chooses: what tests are about that name no way of their own."""
+LADDER = f"--sat-schedule ladder --sat-omission-rate 0.5 --sat-schedule-start 60 --sat-rungs 5 {PAPER}"
 
 
 def llama(more: str = "", *, without: str = "") -> list[str]:

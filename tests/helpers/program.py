@@ -20,6 +20,7 @@ from megatron_sat.data.prepare import prepare
 from megatron_sat.data.tokenizer import build_tokenizer
 from megatron_sat.pretrain import Session, main
 from megatron_sat.training.state import whole_visits
+from tests.helpers.command_line import PAPER
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import global_name
 
@@ -36,7 +37,7 @@ LLAMA = """
 --weight-decay 0.1 --clip-grad 1.0 --log-interval 1 --eval-iters 2 --num-workers 0 --make-vocab-size-divisible-by 64
 --tokenizer-type SentencePieceTokenizer
 """
-LADDER = "--sat-schedule ladder --sat-omission-rate 0.5 --sat-schedule-start 3 --sat-rungs 2"
+LADDER = f"--sat-schedule ladder --sat-omission-rate 0.5 --sat-schedule-start 3 --sat-rungs 2 {PAPER}"
 """Over 7 steps: rate .5 in 1-3, .25 in 4, 0 from 5 on."""
 SPARSE = f"{LADDER} --sat-selection-groups 2"
 """A choice that does not depend on the tensor-parallel size, 1 or 2."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from megatron_sat.hf.model import SparseModel
+from megatron_sat.hf.model import SparseModel, sparsify
 from tests.helpers.tolerances import EXACT, FP32_SUMS
 from tests.hf.models import (
     FAMILIES,
@@ -29,6 +29,12 @@ from tests.hf.models import (
 )
 
 Run = tuple[list[float], dict[str, Tensor]]
+
+
+def test_unless_told_otherwise_neurons_are_chosen_as_in_the_paper() -> None:
+    selection = sparsify(make_model(), schedule=constant("1/2")).selection
+    way = (selection.importance, selection.selection, selection.temperature, selection.selection_interval)
+    assert way == ("maxip", "sampling", 0.05, 1)
 
 
 def width_of_unit(family: str, gqa: str) -> Any:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_sat import build, pretrain
 from megatron_sat.checkpoint.folder import TRACKER
+from tests.helpers.command_line import PAPER
 from tests.helpers.program import LADDER, Text, start
 from tests.helpers.ranks import run_ranks
 
@@ -165,7 +166,7 @@ def test_an_empty_load_folder_is_a_fresh_start_and_says_so(text: Text, tmp_path:
 
 
 def test_query_groups_that_left_whole_cannot_go_on_by_the_head(text: Text, tmp_path: Path) -> None:
-    sparse = f"{SHORT} --sat-schedule constant --sat-omission-rate 0.5"
+    sparse = f"{SHORT} --sat-schedule constant --sat-omission-rate 0.5 {PAPER}"
     assert start(text.command(f"{sparse} --save {tmp_path / 'old'}")).codes == [0]
     argv = text.command(f"{sparse} --load {tmp_path / 'old'} --sat-gqa head")
     assert_refused(argv, "resume with the model and --sat-gqa of the saved run", tmp_path / "save")

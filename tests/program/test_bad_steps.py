@@ -15,6 +15,7 @@ from megatron_sat.checkpoint.resume import open_checkpoint
 from megatron_sat.engines.base import Batch, forward_tokens
 from megatron_sat.pretrain import Session
 from megatron_sat.training import guard
+from tests.helpers.command_line import PAPER
 from tests.helpers.program import Text, digests, open_session, read_records, start
 from tests.helpers.ranks import run_ranks
 
@@ -171,7 +172,7 @@ def test_a_skipped_step_leaves_all_as_it_was_and_the_data_go_on(layout: str, tex
 @pytest.mark.parametrize("method", ["--sat-statistics lagged", "--sat-selection-interval 3"])
 def test_a_skipped_step_leaves_no_choice_behind(method: str, text: Text, tmp_path: Path) -> None:
     """Sums and choices of a step whose tokens went wrong would be the next ones'."""
-    sparse = f"--sat-schedule constant --sat-omission-rate 0.5 {method} --train-iters 6"
+    sparse = f"--sat-schedule constant --sat-omission-rate 0.5 {PAPER} {method} --train-iters 6"
     argv = text.command(f"{sparse} --on-bad-step skip --log-jsonl {tmp_path / 'metrics.jsonl'}")
     run_ranks(run_spoilt, 1, argv, nan, rank=0)
     good = [line["loss"] for line in read_records(tmp_path / "metrics.jsonl") if line["step"] != BAD]

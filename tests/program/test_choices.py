@@ -9,11 +9,12 @@ from torch import Tensor
 
 from megatron_sat.sparsity.neurons import Kept
 from megatron_sat.sparsity.selector import Selector
+from tests.helpers.command_line import PAPER
 from tests.helpers.program import Text, open_session
 from tests.helpers.ranks import run_ranks
 
 STEPS, MICRO_BATCHES = 3, 4
-SPARSE = f"--sat-schedule constant --sat-omission-rate 0.5 --train-iters {STEPS}"
+SPARSE = f"--sat-schedule constant --sat-omission-rate 0.5 {PAPER} --train-iters {STEPS}"
 Seen = dict[int, dict[str, list[list[int]]]]
 """By step and "kind.layer", what each forward of a training step computed with."""
 

@@ -15,6 +15,7 @@ from megatron_sat.data.sft_encode import ChatOptions, chat_job
 from megatron_sat.data.sft_template import build_template
 from megatron_sat.data.tokenizer import build_tokenizer
 from megatron_sat.pretrain import main
+from tests.helpers.command_line import PAPER
 from tests.helpers.program import SPARSE, TOKENIZER, Text, Trained, read_records, start, trained
 from tests.helpers.tolerances import EXACT, RUN_LOSS, RUN_NORM
 from tests.helpers.zero_engine import load_library, mostly_slow, needs_deepspeed
@@ -73,7 +74,9 @@ def tune(
     return run
 
 
-ZERO_TOKENS = "--sat-schedule constant --sat-omission-rate 0.5 --sat-importance magnitude --sat-selection-groups 2"
+ZERO_TOKENS = (
+    f"--sat-schedule constant --sat-omission-rate 0.5 --sat-selection-groups 2 {PAPER} --sat-importance magnitude"
+)
 """Scores that no token enters, so that other first micro-batches choose alike."""
 EPOCH = "--train-epochs 1 --lr-warmup-iters 0"
 

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from megatron_sat.sparsity.neurons import Kept
+from tests.helpers.command_line import PAPER
 from tests.helpers.engine_state import named, snapshot
 from tests.helpers.program import Text, open_session
 from tests.helpers.ranks import run_ranks
 
-SPARSE = "--sat-schedule constant --sat-omission-rate 0.5 --train-iters 4"
+SPARSE = f"--sat-schedule constant --sat-omission-rate 0.5 {PAPER} --train-iters 4"
 DISTRIBUTED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 CASES = {
     "megatron's optimizer": (1, ""),

@@ -15,6 +15,7 @@ from megatron_sat.data.prepare import prepare
 from megatron_sat.data.tokenizer import build_tokenizer
 from megatron_sat.vocab.job import ModelSettings, extend_vocabulary
 from tests.checkpoint.families import write_model
+from tests.helpers.command_line import PAPER
 from tests.helpers.program import Text, open_session, read_records, start, trained
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny import global_name
@@ -79,7 +80,7 @@ LAYOUTS = {
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
     ),
     "bf16": (1, "--bf16"),
-    "sparse": (1, "--sat-schedule constant --sat-omission-rate 0.5"),
+    "sparse": (1, f"--sat-schedule constant --sat-omission-rate 0.5 {PAPER}"),
 }
 
 
@@ -175,7 +176,7 @@ def test_a_resumed_stage_equals_the_uninterrupted_one(imported: Imported, tmp_pa
 def test_the_next_stage_trains_everything_from_there(imported: Imported, tmp_path: Path) -> None:
     stage = start(imported.command(f"{NEW} --save {tmp_path}"))
     assert stage.codes == [0], stage.err
-    argv = imported.command(f"--save {tmp_path / 'next'} --sat-schedule constant --sat-omission-rate 0.5")
+    argv = imported.command(f"--save {tmp_path / 'next'} --sat-schedule constant --sat-omission-rate 0.5 {PAPER}")
     argv[argv.index("--load") + 1] = str(tmp_path)
     ended = start(argv)
     assert ended.codes == [0], ended.err

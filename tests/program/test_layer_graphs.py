@@ -11,9 +11,11 @@ import torch
 from megatron_sat import build
 from megatron_sat.layers import graphed, recording
 from megatron_sat.layers.choosing import RecordedChoice
+from tests.helpers.command_line import PAPER
 from tests.helpers.program import SPARSE, Text, start, trained
 
 LADDER = f"{SPARSE} --sat-weights compact"  # .5 in steps 1 to 3, .25 in 4, dense from 5 on; four micro-batches
+ONE_MICRO_BATCH = f"--micro-batch-size 8 --sat-schedule constant --sat-omission-rate 0.5 {PAPER}"
 CASES = {
     "dense": "",
     "ladder": LADDER,
@@ -22,7 +24,7 @@ CASES = {
     "known before": f"{LADDER} --sat-importance uniform",
     "one choice for two steps, rescaled": f"{LADDER} --sat-rescale inverse-keep --sat-selection-interval 2",
     "single heads": f"{LADDER} --sat-gqa head",
-    "one micro-batch": "--micro-batch-size 8 --sat-schedule constant --sat-omission-rate 0.5 --sat-weights compact",
+    "one micro-batch": f"{ONE_MICRO_BATCH} --sat-weights compact",
     "channels alone, ends whole": f"{LADDER} --sat-modules mlp --sat-whole-ends 1",
     "frozen": f"{LADDER} --sat-omitted-neurons frozen",
     "bf16, distributed optimizer": f"{LADDER} --bf16 --use-distributed-optimizer --overlap-grad-reduce",
@@ -143,7 +145,7 @@ def test_lagged_sums_are_measured_by_replay(text: Text, counting: Counting) -> N
 
 def test_a_single_micro_batch_is_replayed_from_the_second_step_on(text: Text, counting: Counting) -> None:
     """Which chooses in every step."""
-    one = "--micro-batch-size 8 --sat-schedule constant --sat-omission-rate 0.5 --sat-weights compact --layer-graphs"
+    one = f"{ONE_MICRO_BATCH} --sat-weights compact --layer-graphs"
     found = count_of(text.command(one, without="--micro-batch-size"), counting)
     assert found == said(8, 8 * 6, choices=2 * 8, parts=2 * 8 * 6)
 

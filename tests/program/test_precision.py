@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 from torch.testing import assert_close
 
+from tests.helpers.command_line import PAPER
 from tests.helpers.program import Text, trained
 from tests.helpers.tolerances import RUN_LOSS, RUN_LOSS_BF16
 
 SHORT = "--train-iters 3 --sat-importance magnitude --sat-selection top-k"
-SPARSE = f"--sat-schedule constant --sat-omission-rate 0.5 --sat-selection-groups 2 {SHORT}"
+SPARSE = f"--sat-schedule constant --sat-omission-rate 0.5 {PAPER} --sat-selection-groups 2 {SHORT}"
 """Scores that rounding hardly moves: sampling would draw others where two keys are near."""
 
 

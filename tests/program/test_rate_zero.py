@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.command_line import PAPER
 from tests.helpers.program import Text, read_records, trained
 
 TEN = "--train-iters 10"
-ZERO = "--sat-schedule constant --sat-omission-rate 0"
+ZERO = f"--sat-schedule constant --sat-omission-rate 0 {PAPER}"
 
 
 @pytest.mark.parametrize(("ranks", "layout"), [(1, ""), (2, "--tensor-model-parallel-size 2")])
@@ -26,7 +27,7 @@ def test_rate_zero_is_dense_bit_for_bit_after_ten_updates(ranks: int, layout: st
 
 def test_the_smallest_rate_that_omits_something_is_not_dense(text: Text, tmp_path: Path) -> None:
     """Of 96 channels 95 stay, of 4 query groups 3."""
-    small = "--sat-schedule constant --sat-omission-rate 0.01"
+    small = f"--sat-schedule constant --sat-omission-rate 0.01 {PAPER}"
     dense = trained(text.command(TEN), tmp_path / "dense")
     almost = trained(text.command(f"{TEN} {small}"), tmp_path / "almost")
     assert dense.losses[0] != almost.losses[0]

@@ -8,12 +8,13 @@ from torch.testing import assert_close
 from megatron_sat import pretrain
 from megatron_sat.training.visits import load_visits
 from tests.helpers import program
+from tests.helpers.command_line import PAPER
 from tests.helpers.program import Text, Trained, read_records, start, trained
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tolerances import RUN_LOSS, RUN_NORM
 
 STEPS = 8
-METHOD = "--sat-schedule ladder --sat-omission-rate 0.5 --sat-schedule-start 7 --sat-rungs 2"
+METHOD = f"--sat-schedule ladder --sat-omission-rate 0.5 --sat-schedule-start 7 --sat-rungs 2 {PAPER}"
 RUN = f"{METHOD} --sat-selection-groups 2 --sat-selection-interval 3 --train-iters {STEPS} --eval-interval 4"
 """A rung to step 7; choices for steps 1-3, 4-6 and 7."""
 STOPS = (6, 4)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_sat.convert.conversion import export_model, import_model
 from tests.checkpoint.families import write_model
+from tests.helpers.command_line import PAPER
 from tests.helpers.program import read_records, start
 from tests.helpers.ranks import run_ranks
 from tools import prepare_sft
@@ -23,7 +24,7 @@ RUN = """
 --lr-decay-style cosine --lr-warmup-iters 5 --clip-grad 1.0 --weight-decay 0 --log-interval 30 --num-workers 0
 --eval-iters 2 --attention-dropout 0 --hidden-dropout 0
 """
-SPARSE = "--sat-schedule ladder --sat-omission-rate 0.5 --sat-schedule-start 40 --sat-rungs 1"
+SPARSE = f"--sat-schedule ladder --sat-omission-rate 0.5 --sat-schedule-start 40 --sat-rungs 1 {PAPER}"
 
 
 def _import(_: int, hf: Path, save: Path) -> None:

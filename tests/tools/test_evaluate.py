@@ -69,7 +69,8 @@ def test_a_model_and_its_import_stand_beside_each_other(model, tmp_path):
 TRAINING = """
 --micro-batch-size 2 --global-batch-size 4 --train-iters 2 --lr 1e-3 --lr-decay-style constant --log-interval 1
 --seq-length 32 --num-workers 0 --finetune --save-interval 2 --tensor-model-parallel-size 2
---sat-schedule constant --sat-omission-rate 0.5
+--sat-schedule constant --sat-omission-rate 0.5 --sat-importance maxip --sat-selection sampling
+--sat-selection-interval 1
 """
 
 
