@@ -17,8 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-TURN = "MEGATRON_SAT_TURN"
-"""A file: of the runs that are told of it, one trains at a time."""
+from megatron_sat.turns import TURN
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from megatron_sat.distributed import TURN, Launch, in_turn, initialize_model_parallel, join, leave, read_launch
+from megatron_sat.distributed import Launch, in_turn, initialize_model_parallel, join, leave, read_launch
+from megatron_sat.turns import TURN
 from tests.helpers.ranks import run_ranks
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -21,8 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_sat.distributed import TURN
 from megatron_sat.log import say
+from megatron_sat.turns import TURN
 
 MARKER = "done.json"
 BEGUN = "begun.json"

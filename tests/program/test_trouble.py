@@ -13,7 +13,7 @@ import pytest
 from megatron_sat import pretrain
 from megatron_sat.checkpoint.folder import iterations
 from megatron_sat.checkpoint.resume import open_checkpoint
-from megatron_sat.distributed import TURN
+from megatron_sat.turns import TURN
 from tests.helpers.killing import job
 from tests.helpers.program import Text, digests, open_session, read_records, start
 from tests.helpers.ranks import run_ranks
