@@ -22,7 +22,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +60,8 @@ Row = dict[str, Any]
 def main(argv: Sequence[str]) -> list[Row]:
     """Make every run; returns a row for each. Raises ValueError for what cannot be done by any method."""
     args = arguments(argv)
+    command = shlex.join(["python", "benchmarks/sft_methods.py", *argv])
+    about = vars(provenance(ROOT, command=command, also=("accelerate", "peft")))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder, swift_collections():
         lines = {name: command_line(args, flags, folder=folder) for name, flags in (START | args.methods).items()}
@@ -68,7 +69,7 @@ def main(argv: Sequence[str]) -> list[Row]:
         material = hold_out(read_material(known[0]), count=args.held_out)
         for row in Bench(args, lines=lines, material=material).rows():
             rows.append(row)
-            write(args.out, rows, args=args, material=material, argv=argv)
+            write(args.out, rows, args=args, material=material, about=about)
     shown = [[line[HEADS.index(head)] for head in SHOWN] for line in table(rows)]
     log.table(f"{args.model.name}; more in {args.out.with_suffix('.md')}", SHOWN, shown)
     return rows
@@ -288,10 +289,10 @@ def spread(rows: Sequence[Row], figure: str, digits: int) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def write(out: Path, rows: Sequence[Row], *, args: argparse.Namespace, material: Material, argv: Sequence[str]) -> None:
+def write(
+    out: Path, rows: Sequence[Row], *, args: argparse.Namespace, material: Material, about: dict[str, str]
+) -> None:
     """Every run so far in ``out``, and as a table beside it, .md."""
-    about = dict(vars(provenance(ROOT, command=shlex.join(["python", "benchmarks/sft_methods.py", *argv]))))
-    about["libraries"] += "".join(f", {name} {_version(name)}" for name in ("accelerate", "peft"))
     records = {"learnt": len(material.train), "held out": len(material.held_out)}
     found = {"about": about, "methods": args.methods, "records": records, "rows": list(rows)}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -305,13 +306,6 @@ def write(out: Path, rows: Sequence[Row], *, args: argparse.Namespace, material:
         f"of SAT's first step, after quotas. ± is over {len(args.seeds)} seeds."
     )
     out.with_suffix(".md").write_text(f"{text}\n\n{notes}\n\n{said}\n", encoding="utf-8")
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 if __name__ == "__main__":

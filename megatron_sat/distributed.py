@@ -7,7 +7,7 @@ import fcntl
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -62,13 +62,10 @@ def in_turn(launch: Launch) -> Iterator[None]:
     if launch.turn is None:
         yield
         return
-    if dist.get_rank() > 0:
-        dist.barrier()
-        yield
-        return
-    launch.turn.parent.mkdir(parents=True, exist_ok=True)
-    with launch.turn.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with ExitStack() as held:
+        if dist.get_rank() == 0:
+            launch.turn.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(held.enter_context(launch.turn.open("w")), fcntl.LOCK_EX)
         dist.barrier()
         yield
 

@@ -38,12 +38,11 @@ from megatron_sat.compare.pictures import draw_trend
 from megatron_sat.compare.provenance import Provenance, provenance
 from megatron_sat.compare.requirement import Verdict, check, judge
 from megatron_sat.compare.stages import Runner
-from megatron_sat.compare.study import Study, figure_names, group_names
+from megatron_sat.compare.study import Study, figure_names, group_names, language_figures
 from megatron_sat.compare.summary import (
     cell,
     how_timed,
     in_short,
-    language_figures,
     settings_of,
     warnings,
     write_summary,

@@ -35,6 +35,7 @@ from torch import Tensor
 from megatron_sat.data.batch import cut_for_context_parallel
 from megatron_sat.distributed import current_layout
 from megatron_sat.engines.frozen import hold_entries
+from megatron_sat.flags.presets import CHOICE
 from megatron_sat.flags.sat import METHOD
 from megatron_sat.layers.attach import attach_selectors
 from megatron_sat.model.spec import sparse_block_spec
@@ -42,16 +43,13 @@ from megatron_sat.sparsity.controller import Controller, sparse_modules
 from megatron_sat.sparsity.schedule import ScheduleConfig, build_schedule, parse_rate
 from megatron_sat.sparsity.selector import SelectionConfig
 
-PAPER = {"sat_importance": "maxip", "sat_selection": "sampling", "sat_selection_interval": 1}
-"""SAT: defaults of this script, where a choice lasts one step."""
-
 
 def add_sat_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """SAT: the method's flags, from the table that pretrain_sat.py has them from."""
     group = parser.add_argument_group("sparsity-accelerated training")
     for flag in METHOD:
         name = flag.names[0]
-        default = PAPER.get(flag.key, flag.default)
+        default = CHOICE.get(flag.key, flag.default)
         group.add_argument(name, type=functools.partial(flag.read, said=name), default=default, help=flag.help)
     return parser
 

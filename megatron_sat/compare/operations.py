@@ -7,7 +7,7 @@ decayed over its own steps, so the line goes through finished runs, not along on
 from itertools import pairwise
 
 from megatron_sat.compare.experiment import DENSE
-from megatron_sat.compare.study import Study, dense_of_steps, figure_of
+from megatron_sat.compare.study import Study, dense_of_steps, language_figures
 
 
 def dense_groups(study: Study) -> list[str]:
@@ -21,8 +21,9 @@ def dense_at(study: Study, *, figure: str, flops: float) -> tuple[float, tuple[i
 
     Means over seeds. None where no two dense groups lie around it.
     """
-    known = [(study.figures[name]["flops"].mean, study.figures[name][figure].mean) for name in dense_groups(study)]
-    steps = [study.groups[name].steps for name in dense_groups(study)]
+    groups = dense_groups(study)
+    known = [(study.figures[name]["flops"].mean, study.figures[name][figure].mean) for name in groups]
+    steps = [study.groups[name].steps for name in groups]
     for ((low, first), (high, second)), around in zip(pairwise(known), pairwise(steps), strict=True):
         if low <= flops <= high:
             return first + (second - first) * (flops - low) / (high - low), around
@@ -32,9 +33,7 @@ def dense_at(study: Study, *, figure: str, flops: float) -> tuple[float, tuple[i
 def at_equal_operations(study: Study, variant: str) -> list[str]:
     """A sentence for each language; none where dense runs of other lengths do not say it."""
     said = []
-    for language in study.experiment.languages:
-        place = figure_of(language)
-        figure = f"{place}_bpc" if f"{place}_bpc" in study.figures[variant] else f"{place}_loss"
+    for figure in language_figures(study):
         found = dense_at(study, figure=figure, flops=study.figures[variant]["flops"].mean)
         if found is not None:
             dense, (low, high) = found

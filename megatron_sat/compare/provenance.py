@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,9 +24,9 @@ class Provenance:
     libraries: str
 
 
-def provenance(root: Path, *, command: str) -> Provenance:
-    """Of this process. root: the project's folder."""
-    return Provenance(command=command, commit=commit_of(root), machine=machine(), libraries=libraries())
+def provenance(root: Path, *, command: str, also: Sequence[str] = ()) -> Provenance:
+    """Of this process. root: the project's folder; also: further libraries."""
+    return Provenance(command=command, commit=commit_of(root), machine=machine(), libraries=libraries(*also))
 
 
 def commit_of(root: Path) -> str:
@@ -47,9 +48,10 @@ def machine() -> str:
     return f"{count} x {names[0] if names else 'GPU'}, {cores}"
 
 
-def libraries() -> str:
-    """Their versions, and Python's."""
-    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in LIBRARIES)])
+def libraries(*also: str) -> str:
+    """Their versions, those of further ones, and Python's."""
+    found = (f"{name} {_version(name)}" for name in (*LIBRARIES, *also))
+    return ", ".join([f"Python {platform.python_version()}", *found])
 
 
 def _version(name: str) -> str:

@@ -209,6 +209,13 @@ def figure_of(domain: str) -> str:
     return domain.replace(".", "_").replace("-", "_")
 
 
+def language_figures(study: Study) -> list[str]:
+    """Of each language bits a character where its text was counted, else the loss."""
+    known = next(iter(study.figures.values()))
+    places = [figure_of(language) for language in study.experiment.languages]
+    return [f"{place}_bpc" if f"{place}_bpc" in known else f"{place}_loss" for place in places]
+
+
 def seconds_to(run: Run, *, goal: float, domains: Sequence[str]) -> float:
     """Training time until the mean loss of ``domains`` is ``goal``, straight between evaluations; `NEVER` if it is not.
 

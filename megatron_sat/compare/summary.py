@@ -18,7 +18,7 @@ from megatron_sat.compare.pictures import draw_progress
 from megatron_sat.compare.provenance import Provenance
 from megatron_sat.compare.report import LEVEL, cost_said, time_beside
 from megatron_sat.compare.requirement import Verdict
-from megatron_sat.compare.study import MEASURES, Spread, Study, figure_of, paired
+from megatron_sat.compare.study import MEASURES, Spread, Study, language_figures, paired
 
 PROGRESS = "progress.png"
 _LOST = {
@@ -142,13 +142,6 @@ def _after_equal_steps(study: Study, variant: str) -> str:
 
 def _standings(study: Study, variant: str, other: str) -> str:
     return "; ".join(_standing(study, variant, other, figure=figure) for figure in language_figures(study))
-
-
-def language_figures(study: Study) -> list[str]:
-    """Of each language bits a character where its text was counted, else the loss."""
-    known = next(iter(study.figures.values()))
-    places = [figure_of(language) for language in study.experiment.languages]
-    return [f"{place}_bpc" if f"{place}_bpc" in known else f"{place}_loss" for place in places]
 
 
 def _standing(study: Study, variant: str, other: str, *, figure: str) -> str:

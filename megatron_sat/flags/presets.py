@@ -30,13 +30,14 @@ class Preset:
     """η, of T."""
 
 
-_METHOD = {
-    "sat_schedule": "ladder",
+CHOICE: dict[str, Any] = {
     "sat_importance": "maxip",
     "sat_selection": "sampling",
     "sat_temperature": 0.05,
     "sat_selection_interval": 1,
 }
+"""How the paper chooses neurons."""
+_METHOD = {"sat_schedule": "ladder", **CHOICE}
 PRESETS: dict[str, Preset] = {
     "paper": Preset(
         training={"global_batch_size": 1024, "lr": 5e-5, "lr_decay_style": "cosine"},

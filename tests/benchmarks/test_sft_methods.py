@@ -11,25 +11,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer
 
 from benchmarks import sft_methods
 from benchmarks.sft_choice import COUNT, candidates, choice_accuracy
 from benchmarks.sft_methods import HEADS, METHODS, arguments, hold_out, main, table
 from examples import sft_hf
 from examples.sft_hf import NOT_LEARNT, Material
-from tests.data.test_sft_template import CHATML, save_folder
+from tests.helpers.tiny_chat import save_chat_llama
 
 WORDS = ("who", "is", "Ishmael", "in", "my", "soul")
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A folder with a model (in model/) and data.jsonl, 14 records."""
-    save_folder(tmp_path / "model", CHATML)
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=320, num_key_value_heads=2, **SIZES)).save_pretrained(tmp_path / "model")
+    save_chat_llama(tmp_path / "model")
     texts = [" ".join(WORDS[number % 6 :] + WORDS[: number // 6]) for number in range(14)]
     records = [{"instruction": text, "output": text[::-1]} for text in texts]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

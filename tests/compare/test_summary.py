@@ -12,12 +12,11 @@ import pytest
 
 from megatron_sat.compare.provenance import Provenance
 from megatron_sat.compare.requirement import Verdict
-from megatron_sat.compare.study import Group, Spread, Study
+from megatron_sat.compare.study import Group, Spread, Study, language_figures
 from megatron_sat.compare.summary import (
     cell,
     how_timed,
     in_short,
-    language_figures,
     settings_of,
     warnings,
     write_summary,

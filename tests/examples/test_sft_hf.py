@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.sft_hf import NOT_LEARNT, collate, main, read_examples, read_flags
 from examples.sft_hf_methods import build_model
 from megatron_sat.data.sft_template import build_template
 from megatron_sat.data.tokenizer import tokenizer_of_folder
-from tests.data.test_sft_template import CHATML, save_folder
+from tests.data.test_sft_template import CHATML
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_chat import save_chat_llama
 from tests.helpers.tolerances import RUN_LOSS
 from tests.helpers.zero_engine import load_library, needs_deepspeed
 from tests.hf.training import as_a_rank
@@ -28,15 +29,12 @@ RECORDS: list[dict[str, Any]] = [
     {"instruction": "in my", "output": "soul soul"},
 ]
 WHOLE = ("full", "sat", "spdf")
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A folder with a model (in model/), train.jsonl and dev.jsonl."""
-    save_folder(tmp_path / "model", CHATML)
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=320, num_key_value_heads=2, **SIZES)).save_pretrained(tmp_path / "model")
+    save_chat_llama(tmp_path / "model")
     write(tmp_path / "train.jsonl", RECORDS)
     write(tmp_path / "dev.jsonl", RECORDS[:3])
     return tmp_path
