@@ -74,6 +74,8 @@ class Material:
     train: list[Example]
     held_out: list[Example]
     fill: int
+    multiple: int = 1
+    """Of which the length of a batch that is learnt is one."""
 
 
 def read_material(args: argparse.Namespace) -> Material:
@@ -84,6 +86,7 @@ def read_material(args: argparse.Namespace) -> Material:
         train=read_examples(args.data, template=template, max_tokens=args.max_tokens, said="--data"),
         held_out=read_examples(args.valid_data, template=template, max_tokens=args.max_tokens, said="--valid-data"),
         fill=tokenizer.pad if tokenizer.pad != NO_TOKEN else tokenizer.eod,
+        multiple=args.pad_to_multiple_of,
     )
 
 
@@ -99,7 +102,7 @@ def build_trainer(args: argparse.Namespace, material: Material, *, steps: int) -
         prepared.model,
         arguments,
         train_dataset=material.train,  # type: ignore[arg-type]  # whatever can be indexed
-        data_collator=lambda examples: collate(examples, fill=material.fill),
+        data_collator=lambda examples: collate(examples, fill=material.fill, multiple=material.multiple),
         callbacks=prepared.callbacks,
         optimizers=(prepared.optimizer, None),
     )
@@ -119,6 +122,12 @@ def read_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", choices=tuple(LEARNING_RATES), required=True)
     parser.add_argument("--template", default="tokenizer", help="tokenizer, alpaca, plain, or a chat template's file")
     parser.add_argument("--max-tokens", type=int, default=2048, help="longer examples are cut off")
+    parser.add_argument(
+        "--pad-to-multiple-of",
+        type=int,
+        default=64 if torch.cuda.is_available() else 1,
+        help="of a batch's length: a GPU takes a while over each length that is new to it; 64 there, else 1",
+    )
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--train-iters", type=int, help="updates, in place of --epochs")
     parser.add_argument("--global-batch-size", type=int, default=128, help="examples of an update")
@@ -134,6 +143,8 @@ def read_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", type=str, help="a checkpoint's folder")
     add_flags(parser)
     args = parser.parse_args(argv)
+    if args.pad_to_multiple_of < 1:
+        parser.error(f"--pad-to-multiple-of must be at least 1, got {args.pad_to_multiple_of}")
     settle(args, parser=parser)
     return args
 
@@ -196,11 +207,13 @@ def read_examples(files: Sequence[str], *, template: Template, max_tokens: int, 
     return examples
 
 
-def collate(examples: Sequence[Example], *, fill: int) -> Example:
-    """[b, s] of the longest example's length; filling is masked out and in no loss."""
+def collate(examples: Sequence[Example], *, fill: int, multiple: int = 1) -> Example:
+    """[b, s] of the longest example's length, up to the next ``multiple``; filling is masked out and in no loss."""
     ids = pad_sequence([example["input_ids"] for example in examples], batch_first=True, padding_value=fill)
     labels = pad_sequence([example["labels"] for example in examples], batch_first=True, padding_value=NOT_LEARNT)
     lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    more = (0, -ids.size(1) % multiple)
+    ids, labels = F.pad(ids, more, value=fill), F.pad(labels, more, value=NOT_LEARNT)
     mask = torch.arange(ids.size(1)) < lengths[:, None]
     return {"input_ids": ids, "labels": labels, "attention_mask": mask.long()}
 

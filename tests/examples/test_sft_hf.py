@@ -183,6 +183,23 @@ def test_a_batch_is_filled_up_where_nothing_is_learnt_or_seen() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 3], [7, 8, 9]]
     assert batch["labels"].tolist() == [[-100, 6, -100], [-100, -100, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    longer = collate([short, long], fill=3, multiple=4)
+    assert longer["input_ids"].tolist() == [[5, 6, 3, 3], [7, 8, 9, 3]]
+    assert longer["labels"].tolist() == [[-100, 6, -100, -100], [-100, -100, 9, -100]]
+    assert longer["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
+    assert all(torch.equal(collate([short, long], fill=3, multiple=3)[name], batch[name]) for name in batch)
+
+
+@pytest.mark.parametrize("method", ["full", "sat"])
+def test_filling_batches_up_changes_no_training(method: str, place: Path) -> None:
+    learnt = [main(flags(place, method, "--pad-to-multiple-of", multiple))["held-out loss"] for multiple in ("1", "32")]
+    assert learnt[0] == pytest.approx(learnt[1], rel=RUN_LOSS["rtol"])
+
+
+def test_a_length_must_be_a_multiple_of_something(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_flags(flags(place, "full", "--pad-to-multiple-of", "0"))
+    assert "--pad-to-multiple-of must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_a_longer_example_is_cut_off(place: Path) -> None:
