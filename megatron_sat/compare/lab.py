@@ -20,6 +20,7 @@ from megatron_sat.compare.experiment import PROGRAMS, Experiment, sparse
 from megatron_sat.compare.runs import METRICS
 from megatron_sat.compare.stages import Resumption, Stage
 from megatron_sat.compare.workshop import TRACKER, Workshop
+from megatron_sat.training.settings import LoggingConfig
 
 MODEL_FILE = "model.yaml"
 """Of an imported model: its settings."""
@@ -161,7 +162,7 @@ class Lab:
                 program=self._program(folder),
             )
 
-        if not (self.experiment.training.get("save_interval") and self.experiment.training.get("save_optim", True)):
+        if not _goes_on({**self.experiment.training, **planned.settings}):
             return stage(*begin)
         again = stage("--load", self._said(folder)).command
         return replace(stage(*begin), resumption=Resumption(command=again, needs=folder / TRACKER))
@@ -249,6 +250,15 @@ def at_rate_zero(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A variant's settings with nothing omitted. The variant omits something."""
     assert sparse(settings)
     return {**settings, "sat_omission_rate": 0}
+
+
+def _goes_on(settings: Mapping[str, Any]) -> bool:
+    """Whether a run that was interrupted ends with the records of one that was not.
+
+    A checkpoint has nothing of the window of updates that it was saved in, so it must lie where a window ends.
+    """
+    save, window = settings.get("save_interval"), settings.get("log_interval", LoggingConfig.log_interval)
+    return bool(save and save % max(window, 1) == 0 and settings.get("save_optim", True))
 
 
 def _kind_of(tokenizer: Path) -> tuple[str, Path]:

@@ -107,11 +107,28 @@ def test_a_comparison_that_fails_goes_on_where_it_was(place: str, lab: Lab) -> N
 
 
 def test_a_run_that_saves_on_its_way_goes_on_from_there(lab: Lab) -> None:
-    saving = other_lab(lab, training={**TRAINING, "save_interval": 5})
+    saving = other_lab(lab, training={**TRAINING, "save_interval": 10, "log_interval": 5})
     with pytest.raises(RuntimeError, match="'sat, seed 1' must end with 0"):
         made(saving, FAIL="sat/1")
     _, calls = made(replace(saving))
     assert calls[0] == "sat/1 40 going on"
+
+
+@pytest.mark.parametrize(
+    ("training", "goes_on"),
+    [
+        ({"save_interval": 10, "log_interval": 5}, True),
+        ({"save_interval": 10, "log_interval": 4}, False),
+        ({"save_interval": 5}, False),  # records are 100 steps apart
+        ({"save_interval": 5, "log_interval": 0}, True),  # which the program refuses, with its own words
+        ({"save_interval": 10, "log_interval": 5, "save_optim": False}, False),
+    ],
+)
+def test_a_run_that_saves_between_two_records_begins_anew(training: dict[str, int], goes_on: bool, lab: Lab) -> None:
+    """Going on it would have another record than the run beside it, and be called another one."""
+    given = other_lab(lab, training={**TRAINING, **training})
+    (planned, *_) = conduct_of(given)._first()["sat"]
+    assert (given.run(planned).resumption is not None) == goes_on
 
 
 def test_a_variant_that_changed_is_run_again_and_dense_is_kept(lab: Lab) -> None:
