@@ -55,7 +55,7 @@ $(TESTABLE): $(READY) $(MATERIAL)
 demo: $(READY) ## a tiny model's whole trip into Chinese on this machine, and its report: runs/demo
 	@$(VENV)/bin/python examples/demo/run.py --out runs/demo
 
-demo-quick: $(READY) ## the same in three minutes, runs/demo-quick
+demo-quick: $(READY) ## the same in two minutes, runs/demo-quick
 	@$(VENV)/bin/python examples/demo/run.py --quick --out runs/demo-quick
 
 test: $(TESTABLE) ## the tests that need neither a GPU nor much time

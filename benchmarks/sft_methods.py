@@ -8,8 +8,8 @@ Tables 3 and 4 of the paper, for one GPU or a CPU. Each method is examples/sft_h
 process, from the same weights, over the same examples in the same order. A part of the records is held out and judges:
 nats a token of a response, and how often the right response is likelier than three others (`sft_choice`). Beside each
 SAT runs the control that decides: full fine-tuning with as many steps as fit into SAT's time, its learning rate decayed
-over those. Seconds are of training alone, after a short run of the method that is thrown away. A method that fails is
-reported and the others go on; FILE.json, and the table in FILE.md, are written after every run.
+over those. Seconds are of training alone, after the first steps of such a run, which are thrown away. A method that
+fails is reported and the others go on; FILE.json, and the table in FILE.md, are written after every run.
 """
 
 import argparse
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from benchmarks.sft_choice import COUNT, candidates, choice_accuracy
 from benchmarks.timing import Laps
@@ -101,7 +101,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[1], help="of the order of examples, of LoRA's start, of choices")
     add("--lr", nargs="+", default=[], metavar="NAME=VALUE", help="instead of that of the method's source")
     add("--held-out", type=int, default=400, help="records that judge; the same ones for every seed")
-    add("--warm-up", type=int, default=8, help="steps of the run before a method's first, which is thrown away")
+    add("--warm-up", type=int, default=8, help="steps that begin a method's first run and are thrown away before it")
     add("--flags", default="", help="more flags of sft_hf.py, for all methods")
     args = parser.parse_args(argv)
     if args.steps < 1 or args.warm_up < 0:
@@ -170,7 +170,7 @@ class Bench:
         log.say(f"{name}, seed {seed}: {steps} steps")
         try:
             if steps and self._args.warm_up and of not in self._warm:
-                self._trained(of, seed=seed, steps=self._args.warm_up)
+                self._trained(of, seed=seed, steps=steps, until=self._args.warm_up)
                 self._warm.add(of)
             trainer, trained = self._trained(of, seed=seed, steps=steps)
             return row | trained | self._judged(trainer, batch=trainer.args.per_device_train_batch_size)
@@ -178,8 +178,8 @@ class Bench:
             log.say(f"{name}, seed {seed}, failed: {type(error).__name__}: {error}")
             return row | {"failed": f"{type(error).__name__}: {error}"}
 
-    def _trained(self, name: str, *, seed: int, steps: int) -> tuple[Trainer, Row]:
-        """One training from the model's files, and what it took. steps: 0 trains nothing."""
+    def _trained(self, name: str, *, seed: int, steps: int, until: int | None = None) -> tuple[Trainer, Row]:
+        """One training from the model's files, and what it took. steps: 0 trains nothing. until: a last step before."""
         gc.collect()  # a Trainer and its model hold each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -190,11 +190,13 @@ class Bench:
             return trainer, {}
         clock = Clock()
         trainer.add_callback(clock)  # the last: what others do at the beginning is in no time
+        if until is not None:
+            trainer.add_callback(End(until))
         trainer.train()
         return trainer, {
             "learning rate": args.lr,
             "seconds": sum(clock.steps),
-            "steps per second": steps / sum(clock.steps),
+            "steps per second": len(clock.steps) / sum(clock.steps),
             "step seconds": [round(seconds, 5) for seconds in clock.steps],
             "peak GiB": clock.peak,
             "trained parameters": trained_parameters(prepared.model),
@@ -211,6 +213,16 @@ def omitted(prepared: Prepared) -> dict[str, float]:
     """The share of heads and of channels that SAT's first step leaves out, after quotas; nothing for the others."""
     sparse = [callback.sparse for callback in prepared.callbacks if isinstance(callback, SatCallback)]
     return sparse[0].omission_rates(1) if sparse else {}
+
+
+class End(TrainerCallback):
+    """Ends a run after a step, if it is not over by then; all that depends on its length stays as it is."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step >= self.step
 
 
 class Clock(TrainerCallback):

@@ -8,9 +8,10 @@ work, and the method's `--sat-*` flags of pretrain_sat.py with the same meaning 
         --sat-schedule ladder --sat-omission-rate 0.5 --sat-schedule-start 2000 --sat-rungs 5
 
 Left out here, and there in pretrain_sat.py: the choice and its statistics in checkpoints (they matter for a resume
-with --sat-selection-interval above 1 or --sat-statistics lagged, which this script refuses), --sat-sparse-reduce, the
-plan, FLOPs. So neurons are chosen as in the paper unless it is said otherwise, not by pretrain_sat.py's defaults, whose
-score pays a dense forward for each choice.
+with --sat-selection-interval above 1 or --sat-statistics lagged, which this script refuses), weights packed once a step
+(--sat-weights is no flag here: they are cut in every micro-batch), MST, --sat-sparse-reduce, the plan, FLOPs. So
+neurons are chosen as in the paper unless it is said otherwise, not by pretrain_sat.py's defaults, whose score pays a
+dense forward for each choice.
 """
 
 import argparse
@@ -43,11 +44,16 @@ from megatron_sat.sparsity.controller import Controller, sparse_modules
 from megatron_sat.sparsity.schedule import ScheduleConfig, build_schedule, parse_rate
 from megatron_sat.sparsity.selector import SelectionConfig
 
+LEFT_OUT = ("sat_weights",)
+"""Flags of the method that would have no effect here."""
+
 
 def add_sat_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """SAT: the method's flags, from the table that pretrain_sat.py has them from."""
     group = parser.add_argument_group("sparsity-accelerated training")
     for flag in METHOD:
+        if flag.key in LEFT_OUT:
+            continue
         name = flag.names[0]
         default = CHOICE.get(flag.key, flag.default)
         group.add_argument(name, type=functools.partial(flag.read, said=name), default=default, help=flag.help)
@@ -55,13 +61,18 @@ def add_sat_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
 
 
 def selection_config(args: argparse.Namespace) -> SelectionConfig:
-    """SAT: how neurons are chosen. Raises ValueError for what a checkpoint of this trainer cannot carry."""
+    """SAT: how neurons are chosen. Raises ValueError for what this trainer cannot do, or its checkpoints not carry."""
+    if args.sat_schedule == "mst" or args.sat_selection == "mixed-growing":
+        raise ValueError(
+            f"--sat-schedule ({args.sat_schedule}) must be another than mst, --sat-selection ({args.sat_selection}) "
+            "than mixed-growing, in Megatron-LM's trainer; use pretrain_sat.py --baseline mst-structured"
+        )
     if args.sat_selection_interval != 1 or args.sat_statistics != "fresh":
         raise ValueError(
             f"--sat-selection-interval ({args.sat_selection_interval}) must be 1 and --sat-statistics "
             f"({args.sat_statistics}) fresh in Megatron-LM's trainer; use pretrain_sat.py, whose checkpoints carry them"
         )
-    return SelectionConfig(
+    config = SelectionConfig(
         importance=args.sat_importance,
         swiglu_score=args.sat_swiglu_score,
         selection=args.sat_selection,
@@ -71,8 +82,13 @@ def selection_config(args: argparse.Namespace) -> SelectionConfig:
         gqa=args.sat_gqa,
         dp_selection=args.sat_dp_selection,
         rescale=args.sat_rescale,
+        modules=args.sat_modules,
+        omit=args.sat_omit,
+        whole_ends=args.sat_whole_ends,
         seed=args.seed if args.sat_seed is None else args.sat_seed,
     )
+    config.whole_layers(args.num_layers)  # refuses a model whose layers would all stay whole
+    return config
 
 
 def build_model(

@@ -47,10 +47,12 @@ def losses(output: str) -> list[float]:
     return [float(x) for x in re.findall(r"lm loss: ([0-9.E+-]+) \| loss scale", output)]
 
 
+LADDER = "--sat-schedule ladder --sat-omission-rate 0.5 --sat-schedule-start 2 --sat-rungs 1"
+
+
 @pytest.fixture(scope="module")
 def sparse() -> subprocess.CompletedProcess[str]:
-    ladder = "--sat-schedule ladder --sat-omission-rate 0.5 --sat-schedule-start 2 --sat-rungs 1"
-    return run(*ladder.split(), "--sat-omitted-neurons", "frozen", port=29761)
+    return run(*LADDER.split(), "--sat-omitted-neurons", "frozen", port=29761)
 
 
 def test_the_example_trains_sparse_and_then_dense(sparse: subprocess.CompletedProcess[str]) -> None:
@@ -65,6 +67,36 @@ def test_its_losses_differ_from_dense_training_from_the_first_step_on(sparse: su
     assert dense.returncode == 0, dense.stderr[-3000:]
     assert len(losses(dense.stdout)) == len(losses(sparse.stdout)) == 4
     assert all(a != b for a, b in zip(losses(dense.stdout), losses(sparse.stdout), strict=True))
+
+
+@pytest.mark.slow
+def test_it_obeys_what_says_where_and_how_neurons_are_left_out(sparse: subprocess.CompletedProcess[str]) -> None:
+    seen = {"both": losses(sparse.stdout)}
+    ways = ("--sat-modules mlp", "--sat-omit backward", "--sat-omit weight-gradient")
+    for port, flags in enumerate(ways, start=29764):
+        found = run(*LADDER.split(), *flags.split(), port=port)
+        assert found.returncode == 0, found.stderr[-3000:]
+        seen[flags] = losses(found.stdout)
+        assert ("'attention'" in found.stdout) is (flags != "--sat-modules mlp")
+    dense = losses(run(port=29767).stdout)
+    assert seen["--sat-omit backward"][0] == seen["--sat-omit weight-gradient"][0] == dense[0]  # an exact forward
+    assert len({tuple(each) for each in (*seen.values(), dense)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--sat-selection mixed-growing", "use pretrain_sat.py --baseline mst-structured"),
+        ("--sat-schedule mst", "use pretrain_sat.py --baseline mst-structured"),
+        ("--sat-whole-ends 1", "--sat-whole-ends (1) at both ends must leave some of the 2 layers"),
+        ("--sat-weights compact", "unrecognized arguments: --sat-weights"),
+    ],
+)
+@pytest.mark.slow
+def test_it_refuses_what_it_could_not_obey(flags: str, said: str) -> None:
+    refused = run(*flags.split(), port=29768)
+    assert refused.returncode != 0
+    assert said in refused.stderr
 
 
 def test_it_refuses_a_choice_that_its_checkpoints_cannot_carry() -> None:
