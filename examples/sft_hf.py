@@ -150,7 +150,7 @@ def read_flags(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def trainer_arguments(args: argparse.Namespace, *, steps: int) -> TrainingArguments:
-    """Trainer's settings. Raises ValueError where the batches do not divide."""
+    """Trainer's settings. Raises ValueError where batches do not divide, or processes are not as GPUs."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     together = args.micro_batch_size * world
     if args.global_batch_size % together:
@@ -180,6 +180,12 @@ def trainer_arguments(args: argparse.Namespace, *, steps: int) -> TrainingArgume
         remove_unused_columns=False,
         disable_tqdm=True,
     )
+    if arguments.n_gpu > 1:  # the Trainer would multiply the batch by them
+        raise ValueError(
+            f"--method {args.method} needs a process for each GPU, this one has {arguments.n_gpu}, which would be "
+            f"DataParallel's threads; start it with torchrun --nproc-per-node {arguments.n_gpu}, or show it one GPU by "
+            "CUDA_VISIBLE_DEVICES"
+        )
     if arguments.world_size != world:
         raise ValueError(
             f"--deepspeed must have a GPU for each of the {world} processes, accelerate knows of "

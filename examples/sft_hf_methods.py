@@ -105,12 +105,6 @@ def _with_spiel(model: Any, args: argparse.Namespace, *, steps: int) -> Prepared
             f"--method spiel cannot be combined with --deepspeed, got {args.deepspeed}: entries come and go with their "
             "moments, which ZeRO keeps in pieces of its own; leave it out, and DDP is used"
         )
-    if not dist.is_initialized() and torch.cuda.device_count() > 1:
-        gpus = torch.cuda.device_count()
-        raise ValueError(
-            f"--method spiel needs a process for each GPU, this one has {gpus}, which would be DataParallel's threads; "
-            f"start it with torchrun --nproc-per-node {gpus}, or show it one GPU by CUDA_VISIBLE_DEVICES"
-        )
     config = spiel.SpielConfig(
         rank=args.spiel_rank,
         interval=args.spiel_interval,

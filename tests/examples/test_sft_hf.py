@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from examples.sft_hf import NOT_LEARNT, collate, main, read_examples, read_flags
-from examples.sft_hf_methods import build_model
+from examples.sft_hf_methods import LEARNING_RATES, build_model
 from megatron_sat.data.sft_template import build_template
 from megatron_sat.data.tokenizer import tokenizer_of_folder
 from tests.data.test_sft_template import CHATML
@@ -159,11 +159,15 @@ def test_spiel_under_deepspeed_is_an_error(place: Path) -> None:
         build_model(args, steps=20)
 
 
-def test_spiel_in_one_process_with_several_gpus_is_an_error(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    args = read_flags(flags(place, "spiel"))
-    with pytest.raises(ValueError, match="--method spiel needs a process for each GPU, this one has 2, .*-per-node 2,"):
-        build_model(args, steps=20)
+@pytest.mark.parametrize("method", LEARNING_RATES)
+def test_one_process_with_several_gpus_is_an_error(
+    method: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer would train batches of 2 x 2 examples, and twice the epochs that were asked for."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    said = f"--method {method} needs a process for each GPU, this one has 2, .* --nproc-per-node 2, or show it one GPU"
+    with pytest.raises(ValueError, match=said):
+        main(flags(place, method, *MORE.get(method, [])))
 
 
 def test_only_responses_and_their_end_are_learnt(place: Path) -> None:
