@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_sat.compare.experiment import PROGRAMS, Experiment, sparse
 from megatron_sat.compare.runs import METRICS
-from megatron_sat.compare.stages import Resumption, Stage
+from megatron_sat.compare.stages import MARKER, Resumption, Stage
 from megatron_sat.compare.workshop import TRACKER, Workshop
 from megatron_sat.training.settings import LoggingConfig
 
@@ -168,7 +168,10 @@ class Lab:
         return replace(stage(*begin), resumption=Resumption(command=again, needs=folder / TRACKER))
 
     def same(self, one: Stage, other: Stage) -> Stage:
-        """Whether two runs of a seed are one, bit for bit; says so in ``same.json``."""
+        """Whether two runs of a seed are one, bit for bit; says so in ``same.json``. Both are done.
+
+        Runs that were made again, perhaps by another commit, are compared again: keys know nothing of results.
+        """
         names = [stage.folder.parent.name for stage in (one, other)]
         folder = self.out / "same" / "-".join([*names, one.folder.name])
         return self.shop.stage(
@@ -177,6 +180,7 @@ class Lab:
             *("-m", "megatron_sat.compare.same", self._said(one.folder), self._said(other.folder)),
             *("--output", self._said(folder / "same.json")),
             after=[one, other],
+            reads=[one.folder / MARKER, other.folder / MARKER],
         )
 
     @property

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,8 @@ class Runner:
                 f"the stage {stage.name!r} must end with 0, it ended with {code}; all that it said is in "
                 f"{stage.folder / LOG}, which ends:\n{_tail(stage.folder / LOG)}"
             )
-        _write(stage.folder / MARKER, state | {"command": stage.command})
+        ended = datetime.now(UTC).isoformat()  # so that the same made again leaves another marker
+        _write(stage.folder / MARKER, state | {"command": stage.command, "ended": ended})
         return True
 
     def run_all(self, stages: Sequence[Stage]) -> None:

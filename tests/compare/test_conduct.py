@@ -1,5 +1,6 @@
 """A comparison over all stages with programs that only pretend: order, what is kept, shared, left out."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,16 @@ def test_a_variant_that_omits_nothing_has_no_control_at_rate_zero(lab: Lab) -> N
 def test_rate_zero_that_is_not_dense_is_told(lab: Lab) -> None:
     study, _ = made(lab, BROKEN="1")
     assert study.differences == {"sat": {1: "loss of step 1"}}
+
+
+@pytest.mark.parametrize(("removed", "again"), [("sat_rate_0", RUNS[2:3]), ("dense", [RUNS[0], RUNS[3]])])
+def test_runs_that_were_removed_and_made_again_are_compared_again(removed: str, again: list[str], lab: Lab) -> None:
+    """The commands are those of before; what was wrong at rate 0 is mended."""
+    made(lab, BROKEN="1")
+    shutil.rmtree(lab.out / "runs" / removed)
+    study, calls = made(other_lab(lab))
+    assert calls == [*again, *SAME]
+    assert study.differences == {"sat": {1: None}}
 
 
 @pytest.mark.parametrize("place", ["text", "start/1", "sat/1", "dense_20_steps/2", "same"])

@@ -110,6 +110,18 @@ def test_the_marker_says_which_command_made_the_folder(count: Stage) -> None:
     assert json.loads((count.folder / MARKER).read_text())["command"] == list(count.command)
 
 
+def test_a_stage_that_is_made_again_leaves_another_marker(count: Stage) -> None:
+    """One that reads it knows, though command and input are the same."""
+    reader = Stage(name="reads", folder=count.folder.parent / "reads", command=("true",), after=(count,))
+    reader = replace(reader, reads=(count.folder / MARKER,))
+    _run(count)
+    assert _run(reader)
+    assert not _run(reader)
+    (count.folder / MARKER).unlink()
+    _run(count)
+    assert _run(reader)
+
+
 @pytest.mark.parametrize(
     ("jobs", "go"),
     [(1, "run_all([stage])"), (2, "run_all([stage])"), (1, "run_in([stage, later], places=2 * [Place()])")],
