@@ -37,23 +37,32 @@ def visible_devices(
 ) -> tuple[Device, ...]:
     """The GPUs that commands with this environment see, in their order; none without CUDA.
 
-    A process of its own is asked: one that looks for itself keeps memory on a GPU that a run is to have alone. Raises
-    RuntimeError where it fails, or says nothing for ``patience`` seconds. python: the interpreter.
+    Raises what `device_names` raises. python: the interpreter.
     """
-    asked = (python, "-c", _NAMES)
-    try:
-        done = subprocess.run(
-            asked, env=dict(environment), capture_output=True, text=True, timeout=patience, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise _silent(f"nothing in {patience:g} s") from error
-    if done.returncode != 0:
-        raise _silent((done.stderr.strip().splitlines() or ["nothing"])[-1])
-    names = json.loads(done.stdout.splitlines()[-1])
+    names = device_names(environment, python=python, patience=patience)
     shown = environment.get(VISIBLE)
     handles = [str(number) for number in range(len(names))] if shown is None else shown.split(",")
     # CUDA reads its list up to the first entry that is none
     return tuple(Device(handle=handle.strip(), name=name) for handle, name in zip(handles, names, strict=False))
+
+
+def device_names(
+    environment: Mapping[str, str] | None, *, python: str, patience: float = _PATIENCE
+) -> tuple[str, ...]:
+    """The kinds of the GPUs that commands with this environment see, in their order; none without CUDA.
+
+    A process of its own is asked: one that looks for itself keeps memory on a GPU that a run is to have alone. Raises
+    RuntimeError where it fails, or says nothing for ``patience`` seconds. environment: None is this process's own.
+    python: the interpreter.
+    """
+    asked, own = (python, "-c", _NAMES), None if environment is None else dict(environment)
+    try:
+        done = subprocess.run(asked, env=own, capture_output=True, text=True, timeout=patience, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise _silent(f"nothing in {patience:g} s") from error
+    if done.returncode != 0:
+        raise _silent((done.stderr.strip().splitlines() or ["nothing"])[-1])
+    return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _silent(said: str) -> RuntimeError:

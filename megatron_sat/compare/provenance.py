@@ -3,12 +3,16 @@
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 
 import torch
+
+from megatron_sat.compare.devices import device_names
 
 LIBRARIES = ("torch", "megatron-core", "transformers", "sentencepiece", "tokenizers")
 
@@ -39,13 +43,18 @@ def commit_of(root: Path) -> str:
 
 
 def machine() -> str:
-    """GPUs, if there are any, and cores."""
+    """GPUs that this process may use, if there are any, in their order, and cores.
+
+    No other GPU counts: a run trains on those that are visible, on one of them on the first.
+    """
     cores = f"{len(os.sched_getaffinity(0))} CPU cores"
     if not torch.cuda.is_available():
         return cores
-    names = _said(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).splitlines()
-    count = torch.cuda.device_count()
-    return f"{count} x {names[0] if names else 'GPU'}, {cores}"
+    try:
+        names = device_names(None, python=sys.executable)
+    except RuntimeError:  # a result is said to come from some GPU, rather than lost
+        names = ("GPU",) * torch.cuda.device_count()
+    return ", ".join([*(f"{len(list(alike))} x {name}" for name, alike in groupby(names)), cores])
 
 
 def libraries(*also: str) -> str:
