@@ -122,9 +122,21 @@ def literal(model: Any, example: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def test_a_run_that_is_thrown_away_changes_nothing_but_time(place: Path, trained_on: list[list[int]]) -> None:
-    cold, warm = (main(flags(place, "--methods", "full", "--warm-up", count))[-1]["loss"] for count in ("0", "3"))
-    assert cold == warm
-    assert len(trained_on) == 4 + 3 + 4
+    counts = ("0", "3", "9")
+    cold, *warm = (main(flags(place, "--methods", "full", "--warm-up", count))[-1]["loss"] for count in counts)
+    assert warm == [cold, cold]
+    assert len(trained_on) == 4 + (3 + 4) + (4 + 4), "and it is not longer than the run"
+
+
+def test_what_is_thrown_away_is_the_beginning_of_the_run(place: Path, trained_on: list[list[int]]) -> None:
+    """Settings that are right for the run, and not for one as short as what is thrown away."""
+    methods = ["full", "spiel=spiel --spiel-accumulate 3", "late=sat --sat-schedule-start 3"]
+    rows = main(flags(place, "--methods", *methods, "--warm-up", "2"))
+    assert [row["name"] for row in rows if "failed" in row] == []
+    assert [row["steps"] for row in rows[1:4]] == [4, 4, 4]
+    for first in (0, 6, 12):
+        assert trained_on[first : first + 2] == trained_on[first + 2 : first + 4]
+    assert len(trained_on) == 3 * (2 + 4) + rows[4]["steps"]
 
 
 def test_a_method_that_fails_is_reported_and_stops_no_other(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
