@@ -14,6 +14,8 @@ PROGRAMS = ("pretrain_sat.py", "finetune_sat.py")
 DENSE, EQUAL_TIME, RATE_ZERO = "dense", "dense_equal_time", "rate_0"
 """The controls: dense with all steps, dense for a variant's time, a variant at omission rate 0."""
 CONTROLS = (DENSE, EQUAL_TIME, RATE_ZERO)
+OF_ALL = ("model", "start", "training")
+"""Names of the files of settings that stand beside the variants' own; no variant may have one of them."""
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _DOMAIN = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _PARTS = {
@@ -254,6 +256,11 @@ def _check_settings(experiment: Experiment) -> None:
             raise ValueError(
                 f"variants: a name must be of a-z, 0-9 and _, not begin with {DENSE} and not end with {RATE_ZERO}, "
                 f"which are the controls', got {name!r}; rename it"
+            )
+        if name in OF_ALL:
+            raise ValueError(
+                f"variants: a name must not be {', '.join(OF_ALL)}, under which the settings of all runs are kept, got "
+                f"{name!r}; rename it"
             )
         if drawn := [key for key in settings if key in _BEGINNING]:
             raise ValueError(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sat.compare.conduct import equal_time_steps
+from megatron_sat.compare.experiment import OF_ALL
 from megatron_sat.compare.lab import Lab
 from tests.compare.pretended import (
     CONTROLS,
@@ -211,6 +212,12 @@ def test_every_command_can_be_said_without_running_one(lab: Lab, capsys: pytest.
     said = capsys.readouterr().out
     assert "then, for each" not in said
     assert "training runs: 2 at once, on the GPUs 4, 5" in said
+
+
+def test_no_variant_may_be_called_as_the_settings_of_all_runs_are(lab: Lab) -> None:
+    """Its file of settings would take their place."""
+    conduct_of(lab).rehearse()
+    assert {path.stem for path in (lab.out / "settings").iterdir()} == {*OF_ALL, "sat", "sat_rate_0"}
 
 
 def test_conversations_are_prepared_each_by_itself_and_have_no_bits(lab: Lab) -> None:
