@@ -8,7 +8,7 @@ Figures of time are left out, and so is what a controller of neurons keeps for i
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,18 @@ def _records(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     if not path.is_file():
         raise ValueError(f"{folder} must hold the {METRICS} of a run, it does not; train with --save")
-    left_out = (*_TIMED, *_OF_THE_METHOD)
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in entry.items() if key not in left_out} for entry in entries]
+    left_out = {*_TIMED, *_OF_THE_METHOD}
+    entries: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
+    pairs = zip(entries, [*entries[1:], {}], strict=True)
+    return [{key: entry[key] for key in entry.keys() - left_out} for entry, after in pairs if not _again(entry, after)]
+
+
+def _again(entry: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether a record is an evaluation that the next one repeats: a finished run that is started again does so.
+
+    The last one counts, as in `runs.read_run`.
+    """
+    return all(each.get("kind") == "validation" for each in (entry, after)) and entry["step"] == after["step"]
 
 
 def _weights_differ(one: Path, other: Path) -> str | None:

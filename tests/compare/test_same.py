@@ -67,6 +67,30 @@ def test_a_missing_record_is_named(one: Path, tmp_path: Path) -> None:
     assert difference(one, other) == "1 records against 2"
 
 
+def _evaluated(run: Path, *losses: float) -> Path:
+    """The run with evaluations after its step."""
+    lines = [{"kind": "validation", "step": 1, "elapsed_seconds": 3.0, "loss": {"zh": loss}} for loss in losses]
+    (run / METRICS).write_text((run / METRICS).read_text() + "".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("losses", "says"),
+    [
+        ((2.5, 2.5), None),
+        ((2.0, 2.5, 2.5), None),  # the last counts: reports have it
+        ((2.5, 2.0), "loss of step 1: {'zh': 2.5} against {'zh': 2.0}"),
+        ((), "2 records against 1"),
+    ],
+)
+def test_an_evaluation_that_a_finished_run_repeats_is_one(
+    losses: tuple[float, ...], says: str | None, one: Path, tmp_path: Path
+) -> None:
+    """A run that was ended between its last checkpoint and its end goes on with that."""
+    again = _evaluated(_run(tmp_path / "again", WEIGHTS), *losses)
+    assert difference(_evaluated(one, 2.5), again) == says
+
+
 @pytest.mark.parametrize(
     ("weights", "says"),
     [
