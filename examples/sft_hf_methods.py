@@ -152,7 +152,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def settle(args: argparse.Namespace, *, parser: argparse.ArgumentParser) -> None:
-    """Flags of another method are an error, those of this one get their defaults."""
+    """Flags of another method, or of no effect, are an error; those of this one get their defaults, and are checked."""
+    if args.method == "sat" and args.sat_selection == "top-k" and args.sat_temperature is not None:
+        parser.error(
+            "--sat-temperature has no effect with --sat-selection top-k, which draws nothing, "
+            f"got {args.sat_temperature}; leave it out"
+        )
     for method, mine in FLAGS_OF.items():
         for name, default in mine.items():
             given = getattr(args, name)
@@ -162,6 +167,11 @@ def settle(args: argparse.Namespace, *, parser: argparse.ArgumentParser) -> None
                 flag = "--" + name.replace("_", "-")
                 parser.error(f"{flag} has no effect with --method {args.method}, got {given}; leave it out")
     args.lr = LEARNING_RATES[args.method] if args.lr is None else args.lr
+    if args.method == "sat":
+        try:
+            selection(args)
+        except ValueError as error:
+            parser.error(str(error))
 
 
 def schedule(args: argparse.Namespace, *, steps: int) -> Schedule:

@@ -64,7 +64,15 @@ class SelectionConfig:
         _one_of("--sat-importance", self.importance, tuple(METRICS))
         _one_of("--sat-swiglu-score", self.swiglu_score, ("gate", "up", "gate+up"))
         _one_of("--sat-selection", self.selection, SELECTIONS)
-        assert (self.selection == "mixed-growing") == (self.growing is not None), "it comes with its settings"
+        if self.selection == "mixed-growing" and self.growing is None:
+            raise ValueError(
+                "--sat-selection mixed-growing must have the settings of --baseline mst-structured, whose it is, got "
+                "none; use sampling or top-k"
+            )
+        if self.selection != "mixed-growing" and self.growing is not None:
+            raise ValueError(
+                f"growing must be None with --sat-selection {self.selection}, got {self.growing}; leave it out"
+            )
         _one_of("--sat-gqa", self.gqa, ("group", "head"))
         _one_of("--sat-statistics", self.statistics, ("fresh", "lagged"))
         _one_of("--sat-dp-selection", self.dp_selection, ("shared", "local"))

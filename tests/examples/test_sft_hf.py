@@ -264,9 +264,16 @@ def test_deepspeed_on_processes_that_accelerate_does_not_know_of_is_an_error(pla
         ("lora", ["--spdf-until", "3"], "--spdf-until has no effect with --method lora, got 3; leave it out"),
         ("lora", ["--spiel-rank", "8"], "--spiel-rank has no effect with --method lora, got 8; leave it out"),
         ("sat", ["--lora-rank", "8"], "--lora-rank has no effect with --method sat, got 8; leave it out"),
+        (
+            "sat",
+            ["--sat-selection", "top-k", "--sat-temperature", "0.05"],
+            "--sat-temperature has no effect with --sat-selection top-k, which draws nothing, got 0.05; leave it out",
+        ),
+        ("sat", ["--sat-selection", "mixed-growing"], "--sat-selection mixed-growing must have the settings of"),
+        ("sat", ["--sat-temperature", "0"], "--sat-temperature must be above 0, got 0.0; the paper uses 0.05"),
     ],
 )
-def test_a_flag_of_another_method_is_an_error(
+def test_a_flag_that_is_not_the_methods_or_has_no_effect_is_an_error(
     method: str, more: list[str], said: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sat.sparsity.growing import Growing
 from megatron_sat.sparsity.importance import METRICS
 from megatron_sat.sparsity.selector import SelectionConfig
 from tests.helpers.choosing import (
@@ -175,6 +176,8 @@ def test_a_step_without_a_forward_visits_no_unit():
         ("importance", "wandb", "--sat-importance must be one of uniform, .*, contribution, got 'wandb'"),
         ("swiglu_score", "down", r"--sat-swiglu-score must be one of gate, up, gate\+up, got 'down'"),
         ("selection", "topk", "--sat-selection must be one of sampling, top-k, mixed-growing, got 'topk'"),
+        ("selection", "mixed-growing", "--sat-selection mixed-growing must have the settings of .*; use sampling or"),
+        ("growing", Growing(replaced=0.3, random_share=0.25, last_step=9), "growing must be None with --sat-selection"),
         ("gqa", "heads", "--sat-gqa must be one of group, head, got 'heads'"),
         ("statistics", "old", "--sat-statistics must be one of fresh, lagged, got 'old'"),
         ("dp_selection", "global", "--sat-dp-selection must be one of shared, local, got 'global'"),
