@@ -77,22 +77,22 @@ class Conduct:
         self.runner.run_all([*([] if imported is None else [imported]), *self.lab.texts])
 
     def check(self) -> None:
-        """Read the command line of every run as the program will. Raises ValueError for what it would refuse.
+        """Read the command line of every run as the program will, of one seed, and a start's.
 
-        Needs what `prepare` makes.
+        Needs what `prepare` makes. Raises ValueError for what the program would refuse.
         """
-        program, root = self.lab.experiment.program, self.lab.shop.root
-        for runs in self._first().values():
-            command = self.lab.run(runs[0]).command
-            arguments = list(command[command.index(program) + 1 :])
+        experiment, root = self.lab.experiment, self.lab.shop.root
+        program, runs = experiment.program, {name: self.lab.run(planned[0]) for name, planned in self._first().items()}
+        for name, stage in {**runs, "start": self.lab.start(experiment.seeds[0])}.items():
+            arguments = list(stage.command[stage.command.index(program) + 1 :])
             sft = ["--sft"] if program == PROGRAMS[1] else []
-            ranks, cuda = self.lab.experiment.ranks, torch.cuda.is_available()
+            ranks, cuda = experiment.ranks, torch.cuda.is_available()
             with contextlib.chdir(root):
                 try:
                     cli.parse([*sft, *arguments], world_size=ranks, cuda=cuda, speaks=False)
                 except cli.ParsedExit as refused:
                     said = refused.said.removeprefix("error: ").strip()
-                    raise ValueError(f"{runs[0].group} must be a run that {program} can make: {said}") from refused
+                    raise ValueError(f"{name} must be a run that {program} can make: {said}") from refused
 
     def study(self) -> Study:
         """Run every stage that is not done, and read what came of it. Raises what `Runner.run` raises."""

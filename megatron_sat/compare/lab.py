@@ -26,7 +26,7 @@ MODEL_FILE = "model.yaml"
 """Of an imported model: its settings."""
 STILL = 1e-30
 """A learning rate that changes no weight: added to a weight above 1e-22 it is lost in rounding."""
-_OF_LONGER_RUNS = ("lr", "min_lr", "save_", "eval_interval")
+_OF_LONGER_RUNS = ("lr", "min_lr", "save_", "eval_interval", "on_bad_step", "max_bad_steps")
 """How settings begin that a run of one still update has no use for."""
 _WEIGHTS = ("*.safetensors", "*.distcp", "*.gguf")
 _SMALL = ("*.json", "*.yaml", "*.model", "*.txt")

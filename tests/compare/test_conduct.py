@@ -1,5 +1,6 @@
 """A comparison over all stages with programs that only pretend: order, what is kept, shared, left out."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -197,6 +198,24 @@ def test_runs_share_the_machine_only_where_no_time_is_compared(lab: Lab) -> None
 def test_a_setting_that_no_run_can_have_is_refused_before_any_run(lab: Lab) -> None:
     wrong = other_lab(lab, variants={"sat": SAT, "typo": {**SAT, "sat_importanse": "uniform"}})
     with pytest.raises(ValueError, match="typo must be a run that pretrain_sat.py can make: .*sat-importanse"):
+        made(wrong, reads=True)
+    assert calls_of(wrong) == ["text"]
+
+
+def test_a_start_has_nothing_to_go_back_to_and_does_not_ask_for_it(lab: Lab) -> None:
+    """A run of one update saves nothing on its way; all others go back to what they saved."""
+    safe = {**TRAINING, "save_interval": 5, "on_bad_step": "rollback", "max_bad_steps": 3}
+    study, _ = made(other_lab(lab, training=safe), reads=True)
+    assert study.differences == {"sat": {1: None}}
+    kept = {path.stem: json.loads(path.read_text()) for path in (lab.out / "settings").iterdir()}
+    assert {"on_bad_step", "max_bad_steps", "save_interval"} & set(kept["start"]) == set()
+    assert kept["training"] == safe
+
+
+def test_a_start_that_cannot_be_made_is_refused_before_it_is_tried(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_sat.compare.lab._OF_LONGER_RUNS", ("lr", "save_"))
+    wrong = other_lab(lab, training={**TRAINING, "save_interval": 5, "on_bad_step": "rollback"})
+    with pytest.raises(ValueError, match=r"start must be a run that pretrain_sat.py can make: --on-bad-step rollback"):
         made(wrong, reads=True)
     assert calls_of(wrong) == ["text"]
 
