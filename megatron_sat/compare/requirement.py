@@ -15,8 +15,8 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from megatron_sat.compare.experiment import EQUAL_TIME
-from megatron_sat.compare.study import Study
+from megatron_sat.compare.experiment import EQUAL_TIME, language_of
+from megatron_sat.compare.study import Study, figure_of
 
 STATISTICS = ("mean", "std", "min", "max")
 _COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
@@ -64,46 +64,59 @@ class Name:
 def judge(text: str, study: Study) -> Verdict:
     """Whether a requirement holds.
 
-    A side that is no number, such as a loss that diverged, fulfils nothing, and neither does a control that did not
-    have the time that it is named for. Raises what `check` raises, and ValueError for a figure that a group lacks.
+    A side that is no number, such as a loss that diverged or a figure that a group lacks, fulfils nothing, and neither
+    does a control that did not have the time that it is named for. Raises what `check` raises of groups and statistics.
     """
-    check(text, groups=study.names, figures={figure for found in study.figures.values() for figure in found})
-    named: list[str] = []
+    named, lacking = list[str](), list[str]()
 
     def value(name: Name) -> float:
+        _check_known(name, text=text, groups=study.names)
         found = study.figures[study.names[name.group]]
-        if name.figure not in found:
-            raise ValueError(
-                f"--require: {name.group} must have {name.figure}, it has {', '.join(sorted(found))}; ask for another"
-            )
         named.append(name.group)
+        if name.figure not in found:  # training is over: this is said, with all else that came of it
+            lacking.append(f"{name.group} has no {name.figure}")
+            return math.nan
         return float(getattr(found[name.figure], name.statistic))
 
     left, sign, right = _Parser(text, groups=study.names).requirement(value)
     known = not (math.isnan(left) or math.isnan(right))
     off = [v for v in study.equal_time if f"{EQUAL_TIME}_{v}" in named and study.off_time(v)]
-    doubt = f"{EQUAL_TIME}_{off[0]} did not have the time of {off[0]}" if off else None
-    holds = known and doubt is None and _COMPARISONS[sign](left, right)
-    return Verdict(text=text, holds=holds, left=left, right=right, doubt=doubt)
+    doubts = [*lacking, *(f"{EQUAL_TIME}_{variant} did not have the time of {variant}" for variant in off)]
+    holds = known and not doubts and _COMPARISONS[sign](left, right)
+    return Verdict(text=text, holds=holds, left=left, right=right, doubt=doubts[0] if doubts else None)
 
 
 def check(text: str, *, groups: Collection[str], figures: Collection[str]) -> None:
     """Raise ValueError for what is no requirement, or names a group, figure or statistic that will not be there."""
 
     def value(name: Name) -> float:
-        for what, given, known in (
-            ("a group", name.group, groups),
-            ("a figure", name.figure, figures),
-            ("a statistic", name.statistic, STATISTICS),
-        ):
-            if given not in known:
-                raise ValueError(
-                    f"--require {text!r}: {given} must be {what} of this comparison; there are "
-                    f"{', '.join(sorted(known))}"
-                )
+        _check_known(name, text=text, groups=groups, figures=figures)
         return 1.0
 
     _Parser(text, groups=groups).requirement(value)
+
+
+def without_bits(figures: Collection[str], *, domains: Collection[str], old: str | None) -> list[str]:
+    """The names of figures that are left where nobody counted the text of these domains.
+
+    A language has bits a character where all its domains have. old: the language that may be forgotten.
+    """
+    lost = {figure_of(name) for domain in domains for name in (domain, language_of(domain))}
+    lost |= {"forgetting"} if old is not None and figure_of(old) in lost else set()
+    return [figure for figure in figures if not (figure.endswith("_bpc") and figure.removesuffix("_bpc") in lost)]
+
+
+def _check_known(name: Name, *, text: str, groups: Collection[str], figures: Collection[str] | None = None) -> None:
+    """Raise ValueError for a name of what is not there. figures: None for any."""
+    for what, given, known in (
+        ("a group", name.group, groups),
+        ("a figure", name.figure, figures),
+        ("a statistic", name.statistic, STATISTICS),
+    ):
+        if known is not None and given not in known:
+            raise ValueError(
+                f"--require {text!r}: {given} must be {what} of this comparison; there are {', '.join(sorted(known))}"
+            )
 
 
 class _Parser:

@@ -159,6 +159,38 @@ def test_a_requirement_that_cannot_be_is_refused_before_anything_runs(tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+def _prepared(folder: Path, side: dict[str, Any] | None) -> Path:
+    """A file whose held-out Chinese came prepared, with this side file."""
+    path = _file(folder)
+    given = yaml.safe_load(path.read_text())
+    given["data"]["valid"]["zh"] = "held/zh"
+    path.write_text(yaml.safe_dump(given))
+    (folder / "held").mkdir()
+    (folder / "held" / "zh.idx").write_text("")
+    if side is not None:
+        (folder / "held" / "zh.json").write_text(json.dumps(side))
+    return path
+
+
+SIDE = {"tokenizer": "t", "fingerprint": "f", "vocab_size": 9, "eod": 0, "options": {}, "sources": []}
+SIDE |= {"dtype": "uint16", "bin_bytes": 1, "format": 1, "totals": {"tokens": 5, "characters": 10}}
+
+
+@pytest.mark.parametrize("side", [None, {**SIDE, "totals": {"tokens": 5}}], ids=["no side file", "nothing counted"])
+def test_bits_of_text_that_nobody_counted_cannot_be_required(side: dict[str, Any] | None, tmp_path: Path) -> None:
+    """They were missed after all training, and the report with them."""
+    argv = ["run", str(_prepared(tmp_path, side)), "--out", str(tmp_path / "out"), "--dry-run"]
+    with pytest.raises(ValueError, match="zh_bpc must be a figure of this comparison; there are en_bpc, en_loss"):
+        compare.main([*argv, "--require", "sat.zh_bpc < 1"])
+    assert not (tmp_path / "out").exists()
+    assert compare.main([*argv, "--require", "sat.zh_loss < 1", "--require", "sat.forgetting_bpc < 1"]) == 0
+
+
+def test_bits_of_prepared_text_that_was_counted_can_be_required(tmp_path: Path) -> None:
+    argv = ["run", str(_prepared(tmp_path, SIDE)), "--out", str(tmp_path / "out"), "--dry-run"]
+    assert compare.main([*argv, "--require", "sat.zh_bpc < 1"]) == 0
+
+
 def test_a_dry_run_says_the_commands_of_the_shipped_example(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
