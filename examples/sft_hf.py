@@ -40,6 +40,11 @@ from megatron_sat.log import say
 
 NOT_LEARNT = -100  # transformers' label of a token that is in no loss
 Example = dict[str, Tensor]
+COUNTS = (
+    *("pad_to_multiple_of", "epochs", "train_iters", "global_batch_size", "micro_batch_size"),
+    *("log_interval", "save_interval", "lora_rank", "spdf_until"),
+)
+"""Flags that are at least 1 where they are given; other ranges are said by what reads them."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -143,8 +148,10 @@ def read_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", type=str, help="a checkpoint's folder")
     add_flags(parser)
     args = parser.parse_args(argv)
-    if args.pad_to_multiple_of < 1:
-        parser.error(f"--pad-to-multiple-of must be at least 1, got {args.pad_to_multiple_of}")
+    for name in COUNTS:
+        count = getattr(args, name)
+        if count is not None and count < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {count}")
     settle(args, parser=parser)
     return args
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from examples.sft_hf import NOT_LEARNT, collate, main, read_examples, read_flags
+from examples.sft_hf import COUNTS, NOT_LEARNT, collate, main, read_examples, read_flags
 from examples.sft_hf_methods import LEARNING_RATES, build_model
 from megatron_sat.data.sft_template import build_template
 from megatron_sat.data.tokenizer import tokenizer_of_folder
@@ -200,10 +200,14 @@ def test_filling_batches_up_changes_no_training(method: str, place: Path) -> Non
     assert learnt[0] == pytest.approx(learnt[1], rel=RUN_LOSS["rtol"])
 
 
-def test_a_length_must_be_a_multiple_of_something(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("count", [0, -5])
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_count_is_at_least_one(name: str, count: int, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    method = {"lora_rank": "lora", "spdf_until": "spdf"}.get(name, "full")
     with pytest.raises(SystemExit):
-        read_flags(flags(place, "full", "--pad-to-multiple-of", "0"))
-    assert "--pad-to-multiple-of must be at least 1, got 0" in capsys.readouterr().err
+        read_flags(flags(place, method, flag, str(count)))
+    assert capsys.readouterr().err.endswith(f"error: {flag} must be at least 1, got {count}\n")
 
 
 def test_a_longer_example_is_cut_off(place: Path) -> None:
