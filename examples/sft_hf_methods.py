@@ -89,7 +89,7 @@ def build_model(args: argparse.Namespace, *, steps: int) -> Prepared:
         return Prepared(model=model, callbacks=[callback])
     if args.method == "spdf":
         weights = [module.weight for name, module in model.named_modules() if name.rpartition(".")[2] in LINEAR]
-        until = steps // 2 if args.spdf_until is None else args.spdf_until
+        until = max(1, steps // 2) if args.spdf_until is None else args.spdf_until
         return Prepared(model=model, callbacks=[StepsOf(Spdf(weights, rate=args.spdf_rate, until=until))])
     if args.method == "spiel":
         return _with_spiel(model, args, steps=steps)
@@ -140,7 +140,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Those that belong to one method; without a value they are None, until `settle`."""
     parser.add_argument("--lora-rank", type=int, help=f"the paper: {LORA_RANKS}")
     parser.add_argument("--spdf-rate", type=parse_rate, help=f"share of each matrix that is zero; {SPDF_RATE}")
-    parser.add_argument("--spdf-until", type=int, help="last step with zeros; half of the steps")
+    parser.add_argument("--spdf-until", type=int, help="last step with zeros; half of the steps, at least 1")
     parser.add_argument("--spiel-rank", type=int, help="trains as many entries as LoRA of this rank parameters")
     parser.add_argument("--spiel-interval", type=int, help=f"steps from one replacement to the next; {spiel.INTERVAL}")
     parser.add_argument("--spiel-accumulate", type=int, help=f"steps that choose what comes; {spiel.ACCUMULATE}")

@@ -33,15 +33,15 @@ class Spdf:
     """Holds the omitted entries of some weights at zero until a step."""
 
     def __init__(self, weights: Iterable[Parameter], *, rate: Fraction = RATE, until: int) -> None:
-        """weights: the matrices of the linear layers, whole on this rank. until: η, the last sparse step, at least 0.
+        """weights: the matrices of the linear layers, whole on this rank. until: η, the last sparse step, at least 1.
 
         The weights are changed at once, before an optimizer copies them. Raises ValueError for a rate outside [0, 1),
-        a step below 0, and a weight that has been left in shards.
+        a step below 1, and a weight that has been left in shards.
         """
         if not 0 <= rate < 1:
             raise ValueError(f"the rate of SPDF must be in [0, 1), got {rate}; the SAT paper compares with 1/2")
-        if until < 0:
-            raise ValueError(f"the last sparse step of SPDF must be at least 0, got {until}; 0 trains densely")
+        if until < 1:
+            raise ValueError(f"the last sparse step of SPDF must be at least 1, got {until}; a dense run has no SPDF")
         self.weights, self.until = list(weights), until
         if any(hasattr(weight, "ds_shape") for weight in self.weights):
             raise ValueError(

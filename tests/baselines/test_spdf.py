@@ -89,7 +89,7 @@ def written_out(*, until: int, clip: float) -> Module:
     return model
 
 
-@pytest.mark.parametrize("until", [0, UNTIL, STEPS])
+@pytest.mark.parametrize("until", [1, UNTIL, STEPS])
 @pytest.mark.parametrize("clip", [0.3, 100.0])
 def test_a_run_is_adam_on_what_takes_part(clip: float, until: int) -> None:
     model = make_model()
@@ -120,7 +120,7 @@ def test_norms_are_of_what_takes_part() -> None:
     sparse = make_model()
     norms = train(sparse, until=STEPS, clip=0.3)
     model = make_model()
-    Spdf(matrices(model), until=0)
+    Spdf(matrices(model), until=1).begin_step(2)
     loss_of(model, 1).backward()
     assert norms[0] < torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
 
@@ -155,9 +155,14 @@ def test_a_rate_that_is_none_is_an_error(rate: Fraction) -> None:
         Spdf(matrices(make_model()), rate=rate, until=1)
 
 
-def test_a_step_below_0_is_an_error() -> None:
-    with pytest.raises(ValueError, match="the last sparse step of SPDF must be at least 0, got -1; 0 trains densely"):
-        Spdf(matrices(make_model()), until=-1)
+@pytest.mark.parametrize("until", [0, -1])
+def test_zeros_that_no_step_trains_with_are_an_error(until: int) -> None:
+    """And they are an error before they are made: the weights stay as they were."""
+    model = make_model()
+    said = f"the last sparse step of SPDF must be at least 1, got {until}; a dense run has no SPDF"
+    with pytest.raises(ValueError, match=said):
+        Spdf(matrices(model), until=until)
+    assert all(weight.all() for weight in matrices(model))
 
 
 def test_weights_in_shards_are_an_error() -> None:
