@@ -181,15 +181,18 @@ def _standings(candidate: Run, other: Run, *, domains: Sequence[str]) -> str:
 def _standing(candidate: Run, other: Run, *, domain: str) -> str:
     def order(run: Run) -> float:
         loss = run.final_loss[domain]
-        return math.inf if math.isnan(loss) else loss  # a run that diverged is behind
+        return loss if math.isfinite(loss) else math.inf  # a run that diverged is behind
 
     ahead, behind = sorted((candidate, other), key=order)
     lower, higher = ahead.final_loss[domain], behind.final_loss[domain]
+    values = f"{lower:.4f} against {higher:.4f}"
+    if not math.isfinite(lower):
+        return f"on {domain} both diverged ({values})"
+    if not math.isfinite(higher):
+        return f"on {domain} {ahead.name} is ahead of {behind.name}, which diverged ({values})"
     if higher - lower < LEVEL:
         return f"on {domain} they are level ({lower:.4f})"
-    return (
-        f"on {domain} {ahead.name} is ahead of {behind.name} by {higher - lower:.3f} ({lower:.4f} against {higher:.4f})"
-    )
+    return f"on {domain} {ahead.name} is ahead of {behind.name} by {higher - lower:.3f} ({values})"
 
 
 NOTES = (

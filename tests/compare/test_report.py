@@ -79,9 +79,18 @@ def test_losses_that_print_alike_are_level(tmp_path: Path) -> None:
     assert "on en SAT is ahead of changed by 0.100" in said
 
 
-def test_a_run_that_diverged_is_behind(tmp_path: Path) -> None:
-    said = verdicts(comparison(tmp_path, challenges=_challenge(tmp_path, zh=math.nan)))[2]
-    assert "on zh SAT is ahead of changed by nan (5.2000 against nan)" in said
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_run_that_diverged_is_behind(loss: float, tmp_path: Path) -> None:
+    said = verdicts(comparison(tmp_path, challenges=_challenge(tmp_path, zh=loss)))[2]
+    assert f"on zh SAT is ahead of changed, which diverged (5.2000 against {loss:.4f}); on en" in said
+
+
+@pytest.mark.parametrize(("one", "other"), [(math.nan, math.nan), (math.inf, math.inf), (math.nan, math.inf)])
+def test_of_two_runs_that_diverged_none_is_ahead(one: float, other: float, tmp_path: Path) -> None:
+    (challenge,) = _challenge(tmp_path, zh=other)
+    candidate = run(tmp_path, "broken", pace=0.4, zh=one)
+    said = verdicts(comparison(tmp_path, challenges=(replace(challenge, candidate=candidate),)))[2]
+    assert f"on zh both diverged ({one:.4f} against {other:.4f}); on en" in said
 
 
 def test_candidates_that_cost_more_are_said_to(tmp_path: Path) -> None:
