@@ -101,9 +101,9 @@ def append(path: Path, entry: Entry) -> bool:
 
 
 def trend(path: Path, *, figures: Sequence[str] = (), variants: Sequence[str] = ()) -> list[Point]:
-    """What was remembered, the oldest first. figures, variants: those alone; empty: all.
+    """What was remembered, the oldest first, at least one. figures, variants: those alone; empty: all.
 
-    Raises ValueError where there is no store, or none of what was asked for, and what `open_store` raises.
+    Raises ValueError where there is no store, or nothing of what was asked for, and what `open_store` raises.
     """
     if not path.is_file():
         raise ValueError(f"--history must be a file that tools/compare.py run has left, {path} is none; run one first")
@@ -112,6 +112,8 @@ def trend(path: Path, *, figures: Sequence[str] = (), variants: Sequence[str] = 
             "SELECT c.id, c.at, c.name, c.commits, c.machine, c.settings_digest, f.variant, f.figure, f.seed, f.value "
             "FROM figure f JOIN comparison c ON c.id = f.comparison ORDER BY c.at, c.id, f.variant, f.figure, f.seed"
         ).fetchall()
+    if not rows:
+        raise ValueError(f"--history must hold a comparison with figures, {path} holds none; run one first")
     for what, asked, column in (("--figure", figures, 7), ("--variant", variants, 6)):
         known = sorted({row[column] for row in rows})
         if missing := [name for name in asked if name not in known]:
@@ -120,6 +122,12 @@ def trend(path: Path, *, figures: Sequence[str] = (), variants: Sequence[str] = 
     for *key, seed, value in rows:
         if (not figures or key[7] in figures) and (not variants or key[6] in variants):
             values.setdefault(tuple(key), {})[seed] = math.nan if value is None else value
+    if not values:
+        had = sorted({row[7] for row in rows if row[6] in variants})
+        raise ValueError(
+            f"--figure must be one that a --variant has, got {' and '.join(figures)} of {' and '.join(variants)}; "
+            f"there are {', '.join(had)}"
+        )
     return [_point(key, found) for key, found in values.items()]
 
 

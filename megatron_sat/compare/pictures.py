@@ -82,7 +82,10 @@ def _final(group: Group, *, domain: str) -> Spread:
 
 
 def draw_trend(points: Sequence[Point], path: Path) -> None:
-    """A panel for each figure, a line for each variant under the same settings, from the oldest comparison on."""
+    """A panel for each figure, a line for each variant under the same settings, from the oldest comparison on.
+
+    points: at least one.
+    """
     figures = list(dict.fromkeys(point.figure for point in points))
     moments = list(dict.fromkeys((point.at, point.commits) for point in points))
     figure = Figure(figsize=(max(6.0, 1.5 + 0.9 * len(moments)), 3.2 * len(figures)), layout="constrained")

@@ -139,3 +139,17 @@ def test_what_nobody_measured_is_refused(asked: dict[str, list[str]], says: str,
     append(path, _entry())
     with pytest.raises(ValueError, match=says):
         trend(path, **asked)
+
+
+def test_a_figure_and_a_variant_that_were_never_measured_together_are_refused(path: Path) -> None:
+    """Each is known, so that nothing would be left to show or to draw."""
+    append(path, _entry())
+    with pytest.raises(ValueError, match="must be one that a --variant has, got seconds of sat; there are zh_bpc"):
+        trend(path, figures=["seconds"], variants=["sat"])
+    assert {point.variant for point in trend(path, figures=["seconds"], variants=["sat", "dense"])} == {"dense"}
+
+
+def test_a_history_without_figures_is_refused(path: Path) -> None:
+    append(path, _entry(figures={}))
+    with pytest.raises(ValueError, match="must hold a comparison with figures, .*compare.sqlite holds none; run one"):
+        trend(path)
