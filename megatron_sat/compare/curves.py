@@ -1,5 +1,6 @@
 """The picture of a comparison: validation loss over training time, by domain, and the omission rate."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +37,27 @@ def _coloured(comparison: Comparison) -> list[tuple[Run, str]]:
 def _draw_losses(axes: Axes, comparison: Comparison, *, domain: str) -> None:
     """Every curve begins where the start ended, out of the frame if that is far; a dot marks its end.
 
-    Without a start it begins at the run's first evaluation.
+    Without a start it begins at the run's first evaluation. What diverged has no place in the picture.
     """
     before = None if comparison.start is None else comparison.start.final_loss[domain]
-    axes.set_ylim(*frame([p.loss[domain] for run in comparison.runs for p in run.validations], before=before))
+    losses = [point.loss[domain] for run in comparison.runs for point in run.validations]
+    if finite := [loss for loss in losses if math.isfinite(loss)]:
+        axes.set_ylim(*frame(finite, before=before))
     for run, colour in _coloured(comparison):
         points = [(point.elapsed_seconds, point.loss[domain]) for point in run.validations if point.step > 0]
         beginning = [] if before is None else [(0.0, before)]
-        times, losses = zip(*beginning, *points, strict=True)
-        axes.plot(times, losses, color=colour, linewidth=1.6, label=run.name)
-        axes.plot(times[-1:], losses[-1:], color=colour, marker="o", markersize=5)
+        times, heights = zip(*beginning, *points, strict=True)
+        axes.plot(times, heights, color=colour, linewidth=1.6, label=run.name)
+        axes.plot(times[-1:], heights[-1:], color=colour, marker="o", markersize=5)
     axes.set_title(domain)
     axes.grid(alpha=0.25)
 
 
 def frame(losses: list[float], *, before: float | None) -> tuple[float, float]:
-    """Lowest and highest loss to show: all of them, and ``before`` where it does not double their range."""
+    """Lowest and highest loss to show: all of them, and ``before`` where it does not double their range.
+
+    losses: at least one, all finite.
+    """
     low, high = min(losses), max(losses)
     if before is not None and max(high, before) - min(low, before) <= 2 * (high - low):
         low, high = min(low, before), max(high, before)

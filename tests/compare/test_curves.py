@@ -1,5 +1,6 @@
 """The picture: which lines it has, read back from matplotlib's own objects."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from matplotlib.lines import Line2D
 
 from megatron_sat.compare import curves
 from megatron_sat.compare.curves import COLOURS, draw_curves
+from megatron_sat.compare.report import Comparison
 from tests.compare.synthetic import comparison
 
 
-@pytest.fixture
-def figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
-    """The figure that was saved in tmp_path."""
+def _drawn(made: Comparison, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
+    """Its figure, saved too."""
     figures: list[Figure] = []
     save = Figure.savefig
 
@@ -26,8 +27,14 @@ def figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
         save(self, *args, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", keep)
-    draw_curves(comparison(tmp_path), tmp_path / "curves.png")
+    draw_curves(made, folder / "curves.png")
     return figures[0]
+
+
+@pytest.fixture
+def figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
+    """The figure that was saved in tmp_path."""
+    return _drawn(comparison(tmp_path), tmp_path, monkeypatch)
 
 
 def _points(line: Line2D) -> list[tuple[float, float]]:
@@ -62,6 +69,31 @@ def test_without_a_start_a_curve_begins_with_the_first_evaluation(
     draw_curves(replace(comparison(tmp_path), start=None), tmp_path / "curves.png")
     (dense, *_), _ = figures[0].axes[0].get_legend_handles_labels()
     assert _points(dense)[0] == (5.0, pytest.approx(8.6))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("whose", ["dense", "equal-time"])  # the first of all that is framed, and one of the last
+def test_a_run_that_diverged_leaves_the_others_a_picture(
+    loss: float, whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = _with_losses(comparison(tmp_path), loss, names=[whose])
+    low, high = _drawn(drawn, tmp_path, monkeypatch).axes[0].get_ylim()
+    assert 4 < low < 5.3 < high < 10
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_runs_that_all_diverged_leave_a_picture(loss: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = _with_losses(comparison(tmp_path), loss, names=["dense", "SAT", "equal-time"])
+    assert all(math.isfinite(limit) for limit in _drawn(drawn, tmp_path, monkeypatch).axes[0].get_ylim())
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _with_losses(made: Comparison, loss: float, *, names: list[str]) -> Comparison:
+    """The comparison; the Chinese losses of some runs are this one."""
+    for run in made.runs:
+        for point in run.validations if run.name in names else ():
+            dict.__setitem__(point.loss, "zh", loss)  # type: ignore[index]
+    return made
 
 
 def test_the_lower_panel_steps_down_with_the_omission_rate(figure: Figure) -> None:
