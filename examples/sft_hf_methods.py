@@ -25,7 +25,7 @@ from megatron_sat.baselines.peft import (
 from megatron_sat.baselines.spdf import RATE as SPDF_RATE
 from megatron_sat.baselines.spdf import Spdf
 from megatron_sat.hf import SatCallback, sparsify
-from megatron_sat.sparsity.schedule import Schedule, ScheduleConfig, build_schedule, parse_rate
+from megatron_sat.sparsity.schedule import Schedule, ScheduleConfig, build_schedule
 from megatron_sat.sparsity.selector import SelectionConfig
 
 LEARNING_RATES = {
@@ -49,11 +49,6 @@ SAT_ONLY: dict[str, Any] = {
     "sat_omitted_neurons": "optimizer",
 }
 """Flags of --method sat and their defaults; start: half of the steps; multiple: 128 on a GPU, as everywhere here."""
-SAT_KINDS: dict[str, Any] = dict.fromkeys(SAT_ONLY, str) | {
-    "sat_omission_rate": parse_rate,
-    "sat_temperature": float,
-    **dict.fromkeys(("sat_schedule_start", "sat_rungs", "sat_selection_interval", "sat_channel_multiple"), int),
-}
 SPDF_ONLY: dict[str, Any] = {"spdf_rate": SPDF_RATE, "spdf_until": None}
 SPIEL_ONLY: dict[str, Any] = {
     "spiel_rank": LORA_RANKS[0],
@@ -136,15 +131,45 @@ class StepsOf(TrainerCallback):
 # -- flags
 
 
+def rate(text: str) -> Fraction:
+    """For argparse: a share in [0, 1) as it is written, .96 or 24/25, exactly. Raises ArgumentTypeError."""
+    found = _number(text)
+    if not 0 <= found < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}; 0.5 leaves every second out, 0 none")
+    return found
+
+
+def share(text: str) -> Fraction:
+    """The same, and 1 is one."""
+    found = _number(text)
+    if not 0 <= found <= 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1], got {text}; 0.5 is a half, 1 is all")
+    return found
+
+
+def _number(text: str) -> Fraction:
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"must be a number such as 0.5 or 1/2, got {text!r}") from None
+
+
+SAT_KINDS: dict[str, Any] = dict.fromkeys(SAT_ONLY, str) | {
+    "sat_omission_rate": rate,
+    "sat_temperature": float,
+    **dict.fromkeys(("sat_schedule_start", "sat_rungs", "sat_selection_interval", "sat_channel_multiple"), int),
+}
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Those that belong to one method; without a value they are None, until `settle`."""
     parser.add_argument("--lora-rank", type=int, help=f"the paper: {LORA_RANKS}")
-    parser.add_argument("--spdf-rate", type=parse_rate, help=f"share of each matrix that is zero; {SPDF_RATE}")
+    parser.add_argument("--spdf-rate", type=rate, help=f"share of each matrix that is zero; {SPDF_RATE}")
     parser.add_argument("--spdf-until", type=int, help="last step with zeros; half of the steps, at least 1")
     parser.add_argument("--spiel-rank", type=int, help="trains as many entries as LoRA of this rank parameters")
     parser.add_argument("--spiel-interval", type=int, help=f"steps from one replacement to the next; {spiel.INTERVAL}")
     parser.add_argument("--spiel-accumulate", type=int, help=f"steps that choose what comes; {spiel.ACCUMULATE}")
-    parser.add_argument("--spiel-replaced", type=parse_rate, help=f"share replaced, falling to 0; {spiel.REPLACED}")
+    parser.add_argument("--spiel-replaced", type=share, help=f"share replaced, falling to 0; {spiel.REPLACED}")
     parser.add_argument("--spiel-weight-decay", type=float, help=f"of the change; its authors {spiel.WEIGHT_DECAYS}")
     sat = parser.add_argument_group("SAT", "as in docs/flags.md")
     for name, kind in SAT_KINDS.items():

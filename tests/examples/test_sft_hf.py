@@ -2,6 +2,7 @@
 
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,33 @@ def test_a_count_is_at_least_one(name: str, count: int, place: Path, capsys: pyt
     with pytest.raises(SystemExit):
         read_flags(flags(place, method, flag, str(count)))
     assert capsys.readouterr().err.endswith(f"error: {flag} must be at least 1, got {count}\n")
+
+
+@pytest.mark.parametrize(
+    ("method", "flag", "given", "said"),
+    [
+        ("sat", "--sat-omission-rate", "1", "must be in [0, 1), got 1; 0.5 leaves every second out, 0 none"),
+        ("spdf", "--spdf-rate", "-0.5", "must be in [0, 1), got -0.5; 0.5 leaves every second out, 0 none"),
+        ("spdf", "--spdf-rate", "half", "must be a number such as 0.5 or 1/2, got 'half'"),
+        ("spiel", "--spiel-replaced", "1/0", "must be a number such as 0.5 or 1/2, got '1/0'"),
+        ("spiel", "--spiel-replaced", "1.5", "must be in [0, 1], got 1.5; 0.5 is a half, 1 is all"),
+        ("spiel", "--spiel-replaced", "-1/5", "must be in [0, 1], got -1/5; 0.5 is a half, 1 is all"),
+    ],
+)
+def test_a_share_that_is_none_is_an_error(
+    method: str, flag: str, given: str, said: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        read_flags(flags(place, method, f"{flag}={given}"))
+    assert capsys.readouterr().err.endswith(f"error: argument {flag}: {said}\n")
+
+
+def test_shares_are_read_as_they_are_written(place: Path) -> None:
+    assert read_flags(flags(place, "sat", "--sat-omission-rate", "0.96")).sat_omission_rate == Fraction(24, 25)
+    assert read_flags(flags(place, "spdf", "--spdf-rate", "1/3")).spdf_rate == Fraction(1, 3)
+    assert [
+        read_flags(flags(place, "spiel", "--spiel-replaced", text)).spiel_replaced for text in ("0", "1")
+    ] == [0, 1]
 
 
 def test_a_longer_example_is_cut_off(place: Path) -> None:
