@@ -54,20 +54,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     steps = args.train_iters or args.epochs * math.ceil(len(material.train) / args.global_batch_size)
     trainer, prepared = build_trainer(args, material, steps=steps)
     result = trainer.train(resume_from_checkpoint=args.resume)
+    seconds = "seconds" if args.resume is None else "seconds since the resume"
     report = {
         "method": args.method,
         "steps": steps,
         "examples": len(material.train),
         "trained parameters": trained_parameters(prepared.model),
         "held-out loss": response_loss(trainer, material.held_out, batch=args.micro_batch_size),
-        "seconds": round(result.metrics["train_runtime"], 3),
+        seconds: round(result.metrics["train_runtime"], 3),
         "peak memory": peak_memory(),
         "settings": {name: str(value) for name, value in vars(args).items() if value is not None},
     }
     save(trainer, prepared, args=args)
     if trainer.is_world_process_zero():
         (args.save / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    for name in ("held-out loss", "seconds", "peak memory"):
+    for name in ("held-out loss", seconds, "peak memory"):
         say(f"{name}: {report[name]}")
     return report
 

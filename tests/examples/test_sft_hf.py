@@ -145,6 +145,9 @@ def test_a_resumed_spiel_goes_on_bit_for_bit_within_an_accumulation(place: Path)
     saved = place / "out" / "checkpoint-5"
     resumed = main(flags(place, "spiel", *argv, "--resume", str(saved)))
     assert resumed["held-out loss"] == whole["held-out loss"]
+    assert (resumed["steps"], "seconds" in resumed) == (7, False), "those of two steps are not those of seven"
+    assert resumed["seconds since the resume"] > 0
+    assert resumed.keys() - {"seconds since the resume"} == whole.keys() - {"seconds"}
 
 
 def test_spiel_on_two_processes_is_spiel_on_one_with_two_micro_batches(place: Path) -> None:
