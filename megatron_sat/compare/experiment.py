@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sat.data.sft_template import WRITTEN_HERE
+
 PROGRAMS = ("pretrain_sat.py", "finetune_sat.py")
 DENSE, EQUAL_TIME, RATE_ZERO = "dense", "dense_equal_time", "rate_0"
 """The controls: dense with all steps, dense for a variant's time, a variant at omission rate 0."""
 CONTROLS = (DENSE, EQUAL_TIME, RATE_ZERO)
+OF_TOKENIZER = "tokenizer"
+"""The template that comes with the tokenizer."""
 OF_ALL = ("model", "start", "training")
 """Names of the files of settings that stand beside the variants' own; no variant may have one of them."""
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -68,8 +72,8 @@ class Experiment:
     """The language that is learnt; its loss decides when dense's is reached. None: all of them."""
     old: str | None
     """The language that may be forgotten; None: nothing is said of forgetting."""
-    template: str
-    """Of tools/prepare_sft.py, for finetune_sat.py."""
+    template: str | Path
+    """Of tools/prepare_sft.py, for finetune_sat.py: a name, or a file of one."""
     steps: int
     """Updates of every run but the equal-time controls."""
     dense_steps: tuple[int, ...]
@@ -131,7 +135,7 @@ def experiment_from(given: Mapping[str, Any], *, folder: Path, name: str) -> Exp
         valid=_domains(data, "valid", folder=folder),
         new=data.get("new"),
         old=data.get("old"),
-        template=str(data.get("template", "tokenizer")),
+        template=_template(data, folder=folder),
         steps=_count(budget, "steps"),
         dense_steps=_other_steps(budget),
         ranks=_count({"ranks": 1, **budget}, "ranks"),
@@ -220,6 +224,14 @@ def _domains(data: Mapping[str, Any], key: str, *, folder: Path) -> dict[str, tu
             raise ValueError(f"data: {key}: {domain} must have a file, got none; name one, or leave the domain out")
         found[str(domain)] = tuple((folder / path).resolve() for path in paths)
     return found
+
+
+def _template(data: Mapping[str, Any], *, folder: Path) -> str | Path:
+    given = data.get("template", OF_TOKENIZER)
+    names = (OF_TOKENIZER, *WRITTEN_HERE)
+    if not isinstance(given, str) or not given:
+        raise ValueError(f"data: template must be {', '.join(names)} or a file of one, got {given!r}; name one")
+    return given if given in names else (folder / given).resolve()
 
 
 def _check(experiment: Experiment, *, fine_tuning_only: Sequence[str]) -> None:

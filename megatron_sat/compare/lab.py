@@ -16,10 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_sat.compare.experiment import PROGRAMS, Experiment, sparse
+from megatron_sat.compare.experiment import OF_TOKENIZER, PROGRAMS, Experiment, sparse
 from megatron_sat.compare.runs import METRICS
 from megatron_sat.compare.stages import MARKER, Resumption, Stage
-from megatron_sat.compare.workshop import TRACKER, Workshop
+from megatron_sat.compare.workshop import TRACKER, Workshop, tokenizer_files
 from megatron_sat.training.settings import LoggingConfig
 
 MODEL_FILE = "model.yaml"
@@ -81,15 +81,25 @@ class Lab:
         return tuple(self._conversations(name, paths) for name, paths in wanted.items())
 
     def _conversations(self, name: str, paths: Sequence[Path]) -> Stage:
-        folder, (kind, tokenizer) = self.out / "sft" / name, _kind_of(self.tokenizer)
+        folder, template = self.out / "sft" / name, self.experiment.template
+        kind, tokenizer = _kind_of(self.tokenizer)
         return self.shop.stage(
             f"prepare {name}",
             folder,
             *("tools/prepare_sft.py", "--input", *map(self._said, paths)),
-            *("--output-prefix", self._said(folder / name), "--template", self.experiment.template),
+            *("--output-prefix", self._said(folder / name)),
+            *("--template", self._said(template) if isinstance(template, Path) else template),
             *("--tokenizer-type", kind, "--tokenizer-model", self._said(tokenizer), "--workers", "1"),
-            reads=paths,
+            reads=[*paths, *tokenizer_files(tokenizer), *self._chat_templates],
         )
+
+    @property
+    def _chat_templates(self) -> list[Path]:
+        """Files that say how conversations are written, beside the tokenizer's own."""
+        template = self.experiment.template
+        if isinstance(template, Path):
+            return [template]
+        return sorted(self.tokenizer.glob("*.jinja")) if template == OF_TOKENIZER else []
 
     @property
     def tokenizer(self) -> Path:

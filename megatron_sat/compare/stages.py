@@ -82,7 +82,7 @@ class Stage:
 
     @property
     def key(self) -> str:
-        """Hex digest of all that the result depends on."""
+        """Hex digest of all that the result depends on. Raises ValueError for a file that cannot be read."""
         digest = hashlib.sha256(json.dumps([*self.command, self.made_with]).encode())
         for path in self.reads:
             digest.update(_content_digest(path))
@@ -296,8 +296,11 @@ def _key_in(path: Path) -> str | None:
 
 def _content_digest(path: Path) -> bytes:
     """sha256 of a file, computed again only when it changed: keys of later stages ask for it many times."""
-    state = path.stat()
-    return _digest(path, size=state.st_size, changed=state.st_mtime_ns)
+    try:
+        state = path.stat()
+        return _digest(path, size=state.st_size, changed=state.st_mtime_ns)
+    except OSError as error:
+        raise ValueError(f"{path} must be a file that can be read: {error.strerror}; check the path") from error
 
 
 @cache

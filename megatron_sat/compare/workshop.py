@@ -17,6 +17,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 """In the folder of a run that has saved."""
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun, Slurm's wrapper and DeepSpeed's launcher say to a rank, as `distributed` reads it."""
+_OF_TOKENIZERS = ("*.json", "*.model", "*.txt")
+"""Files of a Hugging Face folder, small ones, that decide what its tokenizer makes of a text."""
 PROGRAM = ("pretrain_sat.py",)
 """What a training run starts, after the interpreter or torchrun."""
 
@@ -60,6 +62,7 @@ class Workshop:
     ) -> Stage:
         """Token ids of text; one data set for each name, in folder/data."""
         every = [path for paths in files.values() for path in paths]
+        is_made = any(tokenizer.is_relative_to(stage.folder) for stage in after)
         stage = self.stage(
             folder.name,
             folder,
@@ -67,7 +70,7 @@ class Workshop:
             *("--output", self.named(folder / "data")),
             *(f"{name}={self.named(path)}" for name, paths in files.items() for path in paths),
             after=after,
-            reads=[*every, *([tokenizer] if tokenizer.is_file() else [])],
+            reads=[*every, *([] if is_made else tokenizer_files(tokenizer))],
         )
         return replace(stage, resumption=Resumption(command=stage.command, needs=folder / LOG))
 
@@ -95,6 +98,13 @@ class Workshop:
             reads=[path for path in configs if not any(path.is_relative_to(stage.folder) for stage in after)],
         )
         return replace(stage, threads=max(1, self.cores // ranks))
+
+
+def tokenizer_files(tokenizer: Path) -> list[Path]:
+    """What decides the tokens of a text: the file itself, or what a folder holds of it."""
+    if tokenizer.is_file():
+        return [tokenizer]
+    return sorted(path for pattern in _OF_TOKENIZERS for path in tokenizer.glob(pattern))
 
 
 def this_machine(root: Path, *, jobs: int | None) -> Workshop:

@@ -13,7 +13,6 @@ from megatron_sat.compare.lab import Lab
 from tests.compare.pretended import (
     CONTROLS,
     FIRST,
-    MODEL,
     RUNS,
     SAME,
     SAT,
@@ -246,67 +245,6 @@ def test_conversations_are_prepared_each_by_itself_and_have_no_bits(lab: Lab) ->
     assert calls[:3] == ["prepare zh", "prepare zh.held-out", "prepare en.held-out"]
     assert study.tokens_per_character == {}
     assert "--template alpaca" in " ".join(tuned.texts[0].command)
-
-
-def test_a_hugging_face_model_is_imported_and_every_run_begins_with_it(lab: Lab) -> None:
-    folder = lab.shop.root / "smol"
-    folder.mkdir()
-    (folder / "model.safetensors").write_text("x")
-    given = other_lab(lab, model={"hf": "smol"})
-    conduct = conduct_of(given)
-    conduct.prepare()
-    assert calls_of(given) == ["import", "text"]
-    begin = "--load out/import/model --finetune"
-    first = given.start(1)
-    assert begin in " ".join(first.command)
-    assert "--log-jsonl out/start/seed-1/metrics.jsonl" in " ".join(first.command)
-    (planned, *_) = conduct._first()["sat"]
-    assert begin in " ".join(given.run(planned).command)
-    before = given.run(planned).key
-    (folder / "model.safetensors").write_text("other")
-    assert other_lab(lab, model={"hf": "smol"}).run(planned).key != before
-
-
-def test_prepared_data_is_taken_as_it_is_and_noticed_when_it_changes(lab: Lab) -> None:
-    for name in ("a", "b", "c"):
-        for ending in (".idx", ".bin"):
-            (lab.shop.root / (name + ending)).write_text("")
-    parts = {"train": {"zh": "a"}, "valid": {"zh": "b", "en": "c"}}
-    given = other_lab(lab, data=parts)
-    assert given.texts == ()
-    assert "--train-data-path zh=a --valid-data-path zh=b en=c" in " ".join(given.start(1).command)
-    before = given.start(1).key
-    (lab.shop.root / "a.bin").write_text("other")
-    assert other_lab(lab, data=parts).start(1).key != before
-
-
-def test_text_for_a_checkpoint_needs_a_tokenizer(lab: Lab) -> None:
-    given = other_lab(lab, model={"checkpoint": "imported"})
-    with pytest.raises(ValueError, match="must come with a tokenizer where text is to be prepared, got none"):
-        made(given)
-    named = other_lab(lab, model={"checkpoint": "imported", "tokenizer": "tokenizer.model"})
-    assert "--config imported/model.yaml out/settings/start.yaml" in " ".join(named.start(1).command)
-
-
-@pytest.mark.parametrize(
-    ("files", "said"),
-    [
-        (["tokenizer.model"], "SentencePieceTokenizer --tokenizer-model folder/tokenizer.model"),
-        (["tokenizer.model", "tokenizer.json"], "HuggingFaceTokenizer --tokenizer-model folder"),
-    ],
-)
-def test_a_folders_tokenizer_is_read_as_its_files_ask(files: list[str], said: str, lab: Lab) -> None:
-    (lab.shop.root / "folder").mkdir()
-    for name in files:
-        (lab.shop.root / "folder" / name).write_text("")
-    given = other_lab(lab, program="finetune_sat.py", model={"fresh": MODEL, "tokenizer": "folder"})
-    assert f"--tokenizer-type {said} --workers" in " ".join(given.texts[0].command)
-
-
-def test_several_ranks_are_started_by_torchrun(lab: Lab) -> None:
-    given = other_lab(lab, budget={"steps": 40, "ranks": 2})
-    command = " ".join(given.start(1).command)
-    assert "--nproc-per-node 2 -m megatron_sat.compare.measured --into out/start/seed-1 pretrain_sat.py" in command
 
 
 def test_the_controls_steps_are_those_of_the_mean_time_at_each_runs_pace(tmp_path: Path) -> None:

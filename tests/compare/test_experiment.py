@@ -55,6 +55,17 @@ def test_settings_may_be_written_as_flags(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("template", ["tokenizer", "alpaca", "plain"])
+def test_a_template_is_a_name_or_a_file_beside_this_one(template: str, tmp_path: Path) -> None:
+    def asked(data: dict[str, Any]) -> Any:
+        given = {**GIVEN, "program": "finetune_sat.py", "data": {**GIVEN["data"], **data}}
+        return experiment_from(given, folder=tmp_path, name="x").template
+
+    assert asked({}) == "tokenizer"
+    assert asked({"template": template}) == template
+    assert asked({"template": f"{template}.jinja"}) == tmp_path / f"{template}.jinja"
+
+
 def test_other_seeds_leave_the_rest(tmp_path: Path) -> None:
     found = experiment(tmp_path)
     other = with_seeds(found, [7])
@@ -100,6 +111,7 @@ def test_a_variant_is_known_by_its_settings(settings: dict[str, Any], omits: boo
         ("data/old", "de", "data: old must be a language of data: valid, got 'de'; there are zh, en"),
         ("data/new", "de", "data: new must be a language of data: valid, got 'de'"),
         ("data/template", "alpaca", "data: template has no effect with pretrain_sat.py"),
+        ("data/template", 3, "data: template must be tokenizer, alpaca, plain or a file of one, got 3; name one"),
         ("program", "train.py", "program must be pretrain_sat.py or finetune_sat.py, got 'train.py'"),
         ("seeds", [1, 1], r"seeds must be different whole numbers, at least one, got \[1, 1\]"),
         ("seeds", [], "seeds must be different whole numbers, at least one"),

@@ -60,6 +60,13 @@ def test_a_stage_whose_input_file_changed_runs_again(count: Stage, tmp_path: Pat
     assert _run(reading)
 
 
+def test_a_stage_that_reads_a_file_that_is_not_there_is_refused(count: Stage, tmp_path: Path) -> None:
+    for reads, why in (("zh.jsonl", "No such file or directory"), (".", "Is a directory")):
+        with pytest.raises(ValueError, match=f"must be a file that can be read: {why}; check the path"):
+            _run(replace(count, reads=(tmp_path / reads,)))
+    assert not count.folder.exists()
+
+
 def test_a_stage_that_is_made_with_something_else_runs_again(count: Stage) -> None:
     _run(replace(count, made_with="torch 2.13"))
     assert not _run(replace(count, made_with="torch 2.13"))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sat.compare.workshop import cores_here, end_well, environment_of, this_machine
+from megatron_sat.compare.stages import Stage
+from megatron_sat.compare.workshop import cores_here, end_well, environment_of, this_machine, tokenizer_files
 
 
 def test_a_workshop_is_made_with_this_machine_and_its_libraries(tmp_path: Path) -> None:
@@ -22,6 +23,37 @@ def test_paths_are_said_from_the_projects_folder(tmp_path: Path) -> None:
     shop = this_machine(tmp_path, jobs=1)
     assert shop.named(tmp_path / "a" / "b") == "a/b"
     assert shop.named(Path("/elsewhere")) == "/elsewhere"
+
+
+def test_text_is_prepared_again_when_its_tokenizer_changed(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("tokenizer.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "model.safetensors"):
+        (folder / name).write_text("x")
+    text, shop = tmp_path / "zh.jsonl", this_machine(tmp_path, jobs=1)
+    text.write_text("{}")
+    found = shop.prepare(tmp_path / "text", {"zh": [text]}, tokenizer=folder)
+    assert {path.name for path in found.reads} == {"zh.jsonl", "tokenizer.json", "merges.txt", "tokenizer.model"}
+    before = found.key
+    (folder / "merges.txt").write_text("other")
+    assert found.key != before
+    assert tokenizer_files(folder / "tokenizer.model") == [folder / "tokenizer.model"]
+
+
+def test_a_tokenizer_that_an_earlier_stage_makes_is_not_read_before_it_is_there(tmp_path: Path) -> None:
+    """The key of the stage is the same before and after."""
+    vocabulary = Stage(name="vocabulary", folder=tmp_path / "vocabulary", command=("true",))
+    text, shop = tmp_path / "zh.jsonl", this_machine(tmp_path, jobs=1)
+    text.write_text("{}")
+
+    def key() -> str:
+        made = vocabulary.folder / "model"
+        return shop.prepare(tmp_path / "text", {"zh": [text]}, tokenizer=made, after=[vocabulary]).key
+
+    before = key()
+    (vocabulary.folder / "model").mkdir(parents=True)
+    (vocabulary.folder / "model" / "tokenizer.json").write_text("x")
+    assert key() == before
 
 
 def test_commands_keep_the_environment_and_do_not_spin() -> None:
