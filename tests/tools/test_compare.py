@@ -15,7 +15,7 @@ import yaml
 
 from megatron_sat.compare import conduct, prepare, same, stages
 from megatron_sat.compare.devices import Device
-from megatron_sat.compare.runs import read_run
+from megatron_sat.compare.runs import METRICS, read_run
 from tests.helpers.ranks import run_ranks
 from tools import compare
 
@@ -39,6 +39,7 @@ def _file(folder: Path) -> Path:
     given["data"] |= {"train": {"zh": "zh.jsonl"}, "replay": {"en": "en.jsonl"}}
     given["data"]["valid"] = {"zh": "zh.jsonl", "en": "en.jsonl"}
     given["training"] |= {"eval_interval": 3, "eval_iters": 1, "log_interval": 1, "seq_length": 32}
+    given["training"] |= {"save_interval": 3, "save_optim": True}
     schedule = {"sat_schedule": "constant", "sat_omission_rate": 0.5, "sat_importance": "contribution"}
     given |= {"budget": {"steps": STEPS}, "seeds": [1], "variants": {"sat": schedule}}
     path = folder / "tiny.yaml"
@@ -67,7 +68,8 @@ def _call(_: int, module: str, arguments: list[str]) -> int:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One comparison: its folder, its exit code, what it said, and how many stages ran when it was asked for again."""
+    """One comparison: its folder, its exit code, and what it said; likewise when it was asked for again, and when it
+    was asked for after a run had ended before it was marked as done."""
     folder = tmp_path_factory.mktemp("compare")
     with pytest.MonkeyPatch.context() as patch:
         said: list[str] = []
@@ -80,7 +82,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         first = list(said)
         said.clear()
         again = compare.main([*argv, "--require", "sat_rate_0.zh_bpc == dense.zh_bpc"])
-    return {"out": folder / "out", "code": code, "said": first, "again": again, "said_again": list(said)}
+        second = list(said)
+        said.clear()
+        (folder / "out" / "runs" / "sat_rate_0" / "seed-1" / stages.MARKER).unlink()
+        compare.main(argv)
+    out = folder / "out"
+    return {"out": out, "code": code, "said": first, "again": again, "said_again": second, "said_ended": said}
 
 
 @pytest.mark.parametrize("file", sorted(SMALL.parent.glob("*.yaml")), ids=lambda file: file.stem)
@@ -107,6 +114,16 @@ def test_rate_zero_is_dense_bit_for_bit_and_the_report_says_so(made: dict[str, A
     assert found["rate_zero"] == {"sat": {"1": None}}
     with pytest.raises(AssertionError):
         assert same.difference(*(made["out"] / "runs" / name / "seed-1" for name in ("dense", "sat"))) is None
+
+
+def test_a_run_that_ended_before_it_was_marked_goes_on_and_is_dense_still(made: dict[str, Any]) -> None:
+    """It evaluates once more, and its control does not."""
+    said = made["said_ended"]
+    assert [line.split(":")[0] for line in said if ": going on: " in line] == ["sat_rate_0, seed 1"]
+    lines = (made["out"] / "runs" / "sat_rate_0" / "seed-1" / METRICS).read_text().splitlines()
+    last = [(entry["kind"], entry["step"]) for entry in map(json.loads, lines[-3:])]
+    assert last == [("train", STEPS), ("validation", STEPS), ("validation", STEPS)]
+    assert "- sat at rate 0 is dense training bit for bit (seed 1)." in said
 
 
 def test_every_run_begins_with_the_same_model_and_reads_the_same_text(made: dict[str, Any]) -> None:
