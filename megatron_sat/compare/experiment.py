@@ -142,7 +142,7 @@ def experiment_from(given: Mapping[str, Any], *, folder: Path, name: str) -> Exp
         time=budget.get("time", TIMES[0]),
         training=_settings(_part(given, "training", known=False)),
         seeds=tuple(seeds) if isinstance(seeds, list) else (seeds,),
-        variants={str(variant): _settings(settings or {}) for variant, settings in variants.items()},
+        variants={str(variant): _variant(variant, settings) for variant, settings in variants.items()},
     )
     _check(experiment, fine_tuning_only=[key for key in ("template",) if key in data])
     return experiment
@@ -167,6 +167,21 @@ def _part(given: Mapping[str, Any], part: str, *, known: bool = True) -> Mapping
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Keys as the program has them, however they were written."""
     return {str(key).lstrip("-").replace("-", "_"): value for key, value in given.items()}
+
+
+def _variant(name: Any, given: Any) -> dict[str, Any]:
+    if given is not None and not isinstance(given, dict):
+        raise ValueError(
+            f"variants: {name} must hold settings, as keys with values, got {given!r}; see examples/compare/small.yaml"
+        )
+    return _settings(given or {})
+
+
+def _path(given: Any, *, what: str, folder: Path) -> Path:
+    """As YAML reads them, a number, a date or an empty value are none."""
+    if not isinstance(given, str) or not given:
+        raise ValueError(f"{what} must be a path, got {given!r}; name one, in quotes where YAML reads something else")
+    return (folder / given).resolve()
 
 
 def _require_keys(given: Mapping[str, Any], *, part: str) -> None:
@@ -200,7 +215,11 @@ def _model(given: Mapping[str, Any], *, folder: Path) -> Model:
             f"model: one of fresh, checkpoint and hf must be given, got {' and '.join(kinds) or 'none'}; name where "
             "every run begins"
         )
-    paths = {key: (folder / given[key]).resolve() for key in ("checkpoint", "hf", "tokenizer") if key in given}
+    paths = {
+        key: _path(given[key], what=f"model: {key}", folder=folder)
+        for key in ("checkpoint", "hf", "tokenizer")
+        if key in given
+    }
     fresh = given.get("fresh")
     if "fresh" in given and not isinstance(fresh, dict):
         raise ValueError(f"model: fresh must hold the model's settings, got {fresh!r}; see examples/compare/small.yaml")
@@ -219,10 +238,10 @@ def _domains(data: Mapping[str, Any], key: str, *, folder: Path) -> dict[str, tu
     for domain, files in given.items():
         if not _DOMAIN.fullmatch(str(domain)):
             raise ValueError(f"data: {key}: a domain must be LANGUAGE or LANGUAGE.DOMAIN, got {domain!r}; rename it")
-        paths = [files] if isinstance(files, str) else list(files or [])
+        paths = files if isinstance(files, list) else [] if files is None else [files]
         if not paths:
             raise ValueError(f"data: {key}: {domain} must have a file, got none; name one, or leave the domain out")
-        found[str(domain)] = tuple((folder / path).resolve() for path in paths)
+        found[str(domain)] = tuple(_path(path, what=f"data: {key}: {domain}", folder=folder) for path in paths)
     return found
 
 
@@ -248,7 +267,7 @@ def _check(experiment: Experiment, *, fine_tuning_only: Sequence[str]) -> None:
             f"data: valid: names must differ by more than dots and dashes, {clashing[0]} is there twice; rename one"
         )
     for what, language in (("new", experiment.new), ("old", experiment.old)):
-        if language is not None and language not in experiment.languages:
+        if language is not None and language not in list(experiment.languages):  # what cannot be hashed is in no dict
             raise ValueError(
                 f"data: {what} must be a language of data: valid, got {language!r}; there are "
                 f"{', '.join(experiment.languages)}"

@@ -108,7 +108,12 @@ def tokenizer_files(tokenizer: Path) -> list[Path]:
 
 
 def this_machine(root: Path, *, jobs: int | None) -> Workshop:
-    """The workshop of this process. jobs: stages at once; None: as many as cores, at most four."""
+    """The workshop of this process. jobs: stages at once; None: as many as cores, at most four.
+
+    Raises ValueError for fewer than one.
+    """
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {jobs}; leave it out")
     cores = cores_here()
     made_with = f"{machine()}; {libraries()}"
     return Workshop(

@@ -19,6 +19,12 @@ def test_a_workshop_is_made_with_this_machine_and_its_libraries(tmp_path: Path) 
     assert this_machine(tmp_path, jobs=7).jobs == 7
 
 
+@pytest.mark.parametrize("jobs", [0, -1])
+def test_no_stage_at_a_time_is_refused(jobs: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"--jobs must be at least 1, got {jobs}; leave it out"):
+        this_machine(tmp_path, jobs=jobs)
+
+
 def test_paths_are_said_from_the_projects_folder(tmp_path: Path) -> None:
     shop = this_machine(tmp_path, jobs=1)
     assert shop.named(tmp_path / "a" / "b") == "a/b"
