@@ -28,6 +28,8 @@ from megatron_sat.turns import TURN
 MARKER = "done.json"
 BEGUN = "begun.json"
 LOG = "log.txt"
+_LEFT = ".to-be-removed"
+"""How a folder is called from when it is given up until it is deleted: a dot, its name, and this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,10 +312,22 @@ def _digest(path: Path, *, size: int, changed: int) -> bytes:
 
 
 def _empty(folder: Path) -> None:
+    """Moved aside first: what an interruption leaves half deleted would be taken for somebody's files."""
     if folder.exists() and any(folder.iterdir()) and not (folder / LOG).exists():
         raise ValueError(f"{folder} must be empty or left by a stage, it holds other files; choose another folder")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    aside = folder.with_name(f".{folder.name}{_LEFT}")
+    try:
+        if aside.exists():
+            shutil.rmtree(aside)
+        if folder.exists():
+            folder.rename(aside)
+            shutil.rmtree(aside)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise RuntimeError(
+            f"{folder} must be an empty folder when its stage begins, it cannot be made one: {error}; remove or mend "
+            "what that names"
+        ) from error
 
 
 def _tail(path: Path, *, lines: int = 25) -> str:

@@ -104,14 +104,6 @@ def test_only_the_lines_asked_for_are_said_and_all_are_logged(count: Stage, monk
     assert (count.folder / LOG).read_text() == "step 1\nnoise\n"
 
 
-def test_a_folder_that_no_stage_left_is_not_emptied(count: Stage) -> None:
-    count.folder.mkdir()
-    (count.folder / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match="must be empty or left by a stage, it holds other files"):
-        _run(count)
-    assert (count.folder / "thesis.tex").exists()
-
-
 def test_the_marker_says_which_command_made_the_folder(count: Stage) -> None:
     _run(count)
     assert json.loads((count.folder / MARKER).read_text())["command"] == list(count.command)
