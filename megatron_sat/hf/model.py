@@ -36,12 +36,17 @@ def sparsify(model: Module, *, schedule: Schedule, selection: SelectionConfig = 
     model: a Llama, Mistral, Qwen2 or Qwen3 with any head, not yet wrapped (by DDP, DeepSpeed, peft, torch.compile).
     selection: its fields are the flags ``--sat-*``, which its errors name.
 
-    Raises ValueError for another model, for layers that are not torch's, for omission in other than both passes, and
-    where selection groups or the channel multiple do not fit the model. The model is unchanged then.
+    Raises ValueError for another model, for layers that are not torch's, for omission in other than both passes, for
+    MST's choices, and where selection groups or the channel multiple do not fit the model. The model is unchanged then.
     """
     if selection.omit != "both":
         raise ValueError(
             f"--sat-omit must be both inside transformers models, got {selection.omit}; pretrain_sat.py has others"
+        )
+    if selection.growing is not None:
+        raise ValueError(
+            f"--sat-selection must be sampling or top-k inside transformers models, got {selection.selection}; "
+            "pretrain_sat.py --baseline mst-structured has it"
         )
     parts = parts_of(model, config=selection)
     places = [_place(part, config=selection) for part in parts]

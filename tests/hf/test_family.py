@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification, LlamaModel
 
 from megatron_sat.hf.family import parts_of
+from megatron_sat.sparsity.growing import Growing
 from megatron_sat.sparsity.selector import SelectionConfig
 from tests.helpers.tolerances import EXACT
 from tests.hf.models import FAMILIES, LAYERS, SIZES, make_batch, make_model, make_sparse
@@ -92,6 +93,10 @@ def test_a_weight_that_is_cut_over_ranks_is_an_error() -> None:
         ({"selection_groups": 3}, "--sat-selection-groups (3) must divide the query groups (4) of model.layers.0.self"),
         ({"selection_groups": 3, "gqa": "head"}, "--sat-selection-groups (3) must divide the channels (40) of model"),
         ({"omit": "backward"}, "--sat-omit must be both inside transformers models, got backward; pretrain_sat.py"),
+        (
+            {"selection": "mixed-growing", "growing": Growing(replaced=0.3, random_share=0.25, last_step=9)},
+            "--sat-selection must be sampling or top-k inside transformers models, got mixed-growing; pretrain_sat.py",
+        ),
         ({"channel_multiple": 41}, "the multiple of kept units must be between 1 and the units of a selection group"),
     ],
 )
