@@ -139,10 +139,9 @@ class Study:
         found = self.quality(run.final_loss)
         before = self.quality(self.starts[seed])
         if old is not None:
+            figures = {kind: f"{figure_of(old)}_{kind}" for kind in ("loss", "bpc")}
             found |= {
-                f"forgetting_{kind}": found[f"{old}_{kind}"] - before[f"{old}_{kind}"]
-                for kind in ("loss", "bpc")
-                if f"{old}_{kind}" in found
+                f"forgetting_{kind}": found[name] - before[name] for kind, name in figures.items() if name in found
             }
         found |= {
             "steps": run.steps,

@@ -191,7 +191,9 @@ def _at_rate_zero(study: Study, variant: str) -> str:
 def _required(verdicts: Sequence[Verdict]) -> list[Block]:
     if not verdicts:
         return []
-    rows = [["yes" if v.holds else "NO", f"`{v.text}`", f"{v.left:.6g}", f"{v.right:.6g}"] for v in verdicts]
+    answers = ["yes" if v.holds else "NO" if v.doubt is None else f"NO: {v.doubt}" for v in verdicts]
+    sides = [[f"`{v.text}`", f"{v.left:.6g}", f"{v.right:.6g}"] for v in verdicts]
+    rows = [[answer, *side] for answer, side in zip(answers, sides, strict=True)]
     return [Heading(text="Required"), Table(heads=["holds", "requirement", "left", "right"], rows=rows, texts=2)]
 
 
@@ -271,7 +273,9 @@ def as_plain(study: Study, *, told: Provenance, verdicts: Sequence[Verdict]) -> 
         "warnings": warnings(study),
         "runs_at_once": list(study.at_once),
         "in_short": in_short(study),
-        "required": [asdict(verdict) for verdict in verdicts],
+        "required": [
+            asdict(verdict) | {"left": _number(verdict.left), "right": _number(verdict.right)} for verdict in verdicts
+        ],
         "figures": {group: {name: _plain(spread) for name, spread in f.items()} for group, f in study.figures.items()},
         "equal_time": dict(study.equal_time),
         "rate_zero": {name: {str(s): d for s, d in found.items()} for name, found in study.differences.items()},

@@ -16,7 +16,7 @@ from megatron_sat.compare.study import (
     paired,
     seconds_to,
 )
-from tests.compare.studies import experiment, group, study
+from tests.compare.studies import GIVEN, experiment, group, study
 from tests.compare.synthetic import entries, run, write
 
 
@@ -62,6 +62,17 @@ def test_figures_of_a_group_are_of_all_its_seeds(tmp_path: Path) -> None:
 
 def test_forgetting_is_what_the_old_language_lost_since_the_start(tmp_path: Path) -> None:
     assert study(tmp_path).figures["sat"]["forgetting_loss"].values == {1: pytest.approx(0.4), 2: pytest.approx(0.4)}
+
+
+def test_forgetting_of_a_language_with_a_dash_in_its_name_is_found(tmp_path: Path) -> None:
+    data = GIVEN["data"] | {"valid": {"zh": "zh.jsonl", "en-gb": "en.jsonl"}, "old": "en-gb"}
+    made = study(
+        tmp_path,
+        experiment=experiment(tmp_path, data=data),
+        groups={"dense": group(tmp_path, "dense", {"zh": 5.0, "en-gb": 4.0})},
+        starts={1: {"zh": 9.0, "en-gb": 3.5}},
+    )
+    assert made.figures["dense"]["forgetting_loss"].values == {1: pytest.approx(0.5)}
 
 
 def test_every_figure_and_group_that_is_promised_is_there(tmp_path: Path) -> None:

@@ -215,8 +215,11 @@ def test_text_that_was_read_again_is_told(tmp_path: Path) -> None:
 
 
 def test_the_report_for_programs_has_every_number(tmp_path: Path) -> None:
-    write_summary(study(tmp_path), tmp_path, told=TOLD, settings={"steps": 100})
+    missing = Verdict(text="sat.zh_bpc <= 1", holds=False, left=math.nan, right=1.0, doubt="sat has no zh_bpc")
+    write_summary(study(tmp_path), tmp_path, told=TOLD, settings={"steps": 100}, verdicts=[missing])
     found = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert "| NO: sat has no zh_bpc | `sat.zh_bpc <= 1` | nan | 1 |" in (tmp_path / "report.md").read_text()
+    assert [(each["left"], each["right"], each["doubt"]) for each in found["required"]] == [(None, 1.0, missing.doubt)]
     assert found["figures"]["sat"]["zh_loss"]["seeds"] == {"1": 5.2, "2": 5.4}
     assert found["figures"]["sat"]["seconds_to_dense"]["mean"] is None
     assert found["rate_zero"] == {"sat": {"1": None}}
