@@ -59,7 +59,9 @@ def unpack_gguf(file: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(str(file.parent.resolve()), dtype=torch.float32, **where)
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent.resolve()), **where)
     except Exception as error:
-        raise ValueError(f"{file} must be a GGUF file that transformers reads (pip install gguf accelerate): {error}") from error
+        raise ValueError(
+            f"{file} must be a GGUF file that transformers reads (pip install gguf accelerate): {error}"
+        ) from error
     weights = model.state_dict()  # save_pretrained refuses what was quantized once
     if model.config.tie_word_embeddings:
         weights.pop(TIED_HEAD, None)

@@ -271,7 +271,10 @@ def _goes_on(settings: Mapping[str, Any]) -> bool:
 
     A checkpoint has nothing of the window of updates that it was saved in, so it must lie where a window ends.
     """
-    save, window = settings.get("save_interval"), settings.get("log_interval", LoggingConfig.log_interval)
+    given = settings.get("save_interval", 0), settings.get("log_interval", LoggingConfig.log_interval)
+    if not all(str(value).isdecimal() for value in given):  # the flag's own check says what is wrong with it
+        return False
+    save, window = (int(value) for value in given)
     return bool(save and save % max(window, 1) == 0 and settings.get("save_optim", True))
 
 

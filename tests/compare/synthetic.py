@@ -12,9 +12,19 @@ WINDOW = 10
 
 
 def entries(
-    *, steps: int = 100, pace: float = 0.5, zh: float = 5, en: float = 4, flops: float = 1e9, rate: float = 0
+    *,
+    steps: int = 100,
+    pace: float = 0.5,
+    zh: float = 5,
+    en: float = 4,
+    flops: float = 1e9,
+    rate: float = 0,
+    english: str = "en",
 ) -> list[dict[str, Any]]:
-    """A run of ``steps`` steps of ``pace`` seconds; losses go down from 9 to ``zh`` and ``en`` in a line."""
+    """A run of ``steps`` steps of ``pace`` seconds; losses go down from 9 to ``zh`` and ``en`` in a line.
+
+    english: what the second domain is called.
+    """
     lines: list[dict[str, Any]] = []
     for step in range(WINDOW, steps + 1, WINDOW):
         share = step / steps
@@ -32,7 +42,7 @@ def entries(
                 "omission_rate": {"attention": omitted, "mlp": omitted / 2} if rate else {},
             }
         )
-        loss = {"zh": 9 - share * (9 - zh), "en": 9 - share * (9 - en)}
+        loss = {"zh": 9 - share * (9 - zh), english: 9 - share * (9 - en)}
         lines.append({"kind": "validation", "step": step, "elapsed_seconds": seconds, "loss": loss})
     return lines
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,9 +135,11 @@ def test_a_run_that_saves_on_its_way_goes_on_from_there(lab: Lab) -> None:
         ({"save_interval": 5}, False),  # records are 100 steps apart
         ({"save_interval": 5, "log_interval": 0}, True),  # which the program refuses, with its own words
         ({"save_interval": 10, "log_interval": 5, "save_optim": False}, False),
+        ({"save_interval": "50", "log_interval": "10"}, True),
+        ({"save_interval": "often"}, False),
     ],
 )
-def test_a_run_that_saves_between_two_records_begins_anew(training: dict[str, int], goes_on: bool, lab: Lab) -> None:
+def test_a_run_that_saves_between_two_records_begins_anew(training: dict[str, Any], goes_on: bool, lab: Lab) -> None:
     """Going on it would have another record than the run beside it, and be called another one."""
     given = other_lab(lab, training={**TRAINING, **training})
     (planned, *_) = conduct_of(given)._first()["sat"]

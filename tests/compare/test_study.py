@@ -69,7 +69,7 @@ def test_forgetting_of_a_language_with_a_dash_in_its_name_is_found(tmp_path: Pat
     made = study(
         tmp_path,
         experiment=experiment(tmp_path, data=data),
-        groups={"dense": group(tmp_path, "dense", {"zh": 5.0, "en-gb": 4.0})},
+        groups={"dense": group(tmp_path, "dense", {"en": 4.0, "english": "en-gb"})},
         starts={1: {"zh": 9.0, "en-gb": 3.5}},
     )
     assert made.figures["dense"]["forgetting_loss"].values == {1: pytest.approx(0.5)}
