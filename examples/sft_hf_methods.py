@@ -48,7 +48,7 @@ SAT_ONLY: dict[str, Any] = {
     "sat_channel_multiple": None,
     "sat_omitted_neurons": "optimizer",
 }
-"""Flags of --method sat and their defaults; start: half of the steps; multiple: 128 on a GPU, as everywhere here."""
+"""Flags of --method sat and their defaults; start: half of the steps, at least 1; multiple: 128 on a GPU, else 1."""
 SPDF_ONLY: dict[str, Any] = {"spdf_rate": SPDF_RATE, "spdf_until": None}
 SPIEL_ONLY: dict[str, Any] = {
     "spiel_rank": LORA_RANKS[0],
@@ -201,7 +201,7 @@ def settle(args: argparse.Namespace, *, parser: argparse.ArgumentParser) -> None
 
 def schedule(args: argparse.Namespace, *, steps: int) -> Schedule:
     """The ladder over ``steps`` steps."""
-    start = steps // 2 if args.sat_schedule_start is None else args.sat_schedule_start
+    start = max(1, steps // 2) if args.sat_schedule_start is None else args.sat_schedule_start
     return build_schedule(
         ScheduleConfig(
             kind="ladder",

@@ -127,7 +127,7 @@ def experiment_from(given: Mapping[str, Any], *, folder: Path, name: str) -> Exp
     seeds = given.get("seeds", [1])
     variants = _part(given, "variants", known=False)
     experiment = Experiment(
-        name=str(given.get("name", name)),
+        name=str(given.get("name") or name),
         program=given.get("program", PROGRAMS[0]),
         model=_model(model, folder=folder),
         train=_domains(data, "train", folder=folder),

@@ -37,6 +37,7 @@ def test_what_is_not_said_has_a_default(tmp_path: Path) -> None:
     found = experiment_from(given, folder=tmp_path, name="x")
     assert (found.seeds, found.ranks, found.program, found.old) == ((1,), 1, "pretrain_sat.py", None)
     assert found.target == ["zh", "en"]
+    assert found.name == experiment_from(given | {"name": None}, folder=tmp_path, name="x").name == "x"
 
 
 def test_domains_of_a_language_belong_together(tmp_path: Path) -> None:

@@ -106,6 +106,14 @@ def test_the_log_has_a_loss_at_each_interval(place: Path, capsys: pytest.Capture
     assert (each, capsys.readouterr().out.count("'loss'")) == (4, 2)
 
 
+def test_a_run_of_one_step_is_sparse(place: Path) -> None:
+    learnt = {
+        method: main(flags(place, method.split()[0], "--train-iters", "1", *method.split()[1:]))["held-out loss"]
+        for method in ("full", "sat", "sat --sat-schedule-start 0")
+    }
+    assert learnt["full"] == learnt["sat --sat-schedule-start 0"] != learnt["sat"]
+
+
 def test_spdf_leaves_half_of_each_matrix_zero_until_its_last_sparse_step(place: Path) -> None:
     zeros = []
     for more in (["4", "--spdf-until", "4"], ["4", "--spdf-until", "3"], ["4"], ["1"]):
@@ -198,7 +206,7 @@ def test_a_batch_is_filled_up_where_nothing_is_learnt_or_seen() -> None:
     assert all(torch.equal(collate([short, long], fill=3, multiple=3)[name], batch[name]) for name in batch)
 
 
-@pytest.mark.parametrize("method", ["full", "sat"])
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "sat"])
 def test_filling_batches_up_changes_no_training(method: str, place: Path) -> None:
     learnt = [main(flags(place, method, "--pad-to-multiple-of", multiple))["held-out loss"] for multiple in ("1", "32")]
     assert learnt[0] == pytest.approx(learnt[1], rel=RUN_LOSS["rtol"])
