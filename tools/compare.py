@@ -48,7 +48,6 @@ from megatron_sat.compare.summary import (
     write_summary,
 )
 from megatron_sat.compare.workshop import end_well, environment_of, this_machine
-from megatron_sat.data.side_file import read_side_file
 
 HISTORY = "compare.sqlite"
 BROKEN, WRONG = 1, 2
@@ -110,11 +109,10 @@ def _read(path: Path) -> Experiment:
 
 
 def _uncounted(lab: Lab) -> list[str]:
-    """Domains of validation whose data came prepared, by a program that does not say how long its text was."""
-    given = {domain: lab.prefix(domain, held_out=True) for domain in lab.experiment.valid}
-    given = {domain: prefix for domain, prefix in given.items() if prefix in lab.experiment.valid[domain]}
-    sides = {domain: read_side_file(str(prefix)) for domain, prefix in given.items()}
-    return [domain for domain, side in sides.items() if side is None or not side.totals.characters]
+    """Domains of validation whose data came prepared, without what bits a character need."""
+    valid = lab.experiment.valid
+    given = [domain for domain, paths in valid.items() if lab.prefix(domain, held_out=True) in paths]
+    return [domain for domain in given if lab.tokens_per_character(domain) is None]
 
 
 def _entry(study: Study, *, told: Provenance, settings: dict[str, Any]) -> Entry:

@@ -23,7 +23,6 @@ from megatron_sat.compare.runs import Run, read_run, steps_that_fit
 from megatron_sat.compare.settled import settled
 from megatron_sat.compare.stages import Place, Runner, Stage
 from megatron_sat.compare.study import Group, Study, Trial, dense_of_steps, group_of_rate_zero
-from megatron_sat.data.side_file import CONVERSATIONS, read_side_file
 from megatron_sat.log import say
 
 _SHARED = "; beside other runs"
@@ -213,13 +212,9 @@ class Conduct:
         return {seed: _content(stage.folder / "same.json")["difference"] for seed, stage in checks.items()}
 
     def _tokens_per_character(self) -> dict[str, float]:
-        """Of what is held out, by domain, where the text was counted and is not of conversations."""
-        found = {}
-        for domain in self.lab.experiment.valid:
-            side = read_side_file(str(self.lab.prefix(domain, held_out=True)))
-            if side is not None and side.totals.characters and side.options.get("kind") != CONVERSATIONS:
-                found[domain] = side.totals.tokens / side.totals.characters
-        return found
+        """Of what is held out, by domain, where there is such a figure."""
+        found = {domain: self.lab.tokens_per_character(domain) for domain in self.lab.experiment.valid}
+        return {domain: rate for domain, rate in found.items() if rate is not None}
 
 
 def equal_time_steps(dense: Sequence[Run], variant: Sequence[Run]) -> int:

@@ -20,6 +20,7 @@ from megatron_sat.compare.experiment import OF_TOKENIZER, PROGRAMS, Experiment, 
 from megatron_sat.compare.runs import METRICS
 from megatron_sat.compare.stages import MARKER, Resumption, Stage
 from megatron_sat.compare.workshop import TRACKER, Workshop, tokenizer_files
+from megatron_sat.data.side_file import CONVERSATIONS, read_side_file
 from megatron_sat.training.settings import LoggingConfig
 
 MODEL_FILE = "model.yaml"
@@ -128,6 +129,13 @@ class Lab:
         return self.out / "text" / "data" / name if self.experiment.program == PROGRAMS[0] else (
             self.out / "sft" / name / name
         )
+
+    def tokens_per_character(self, domain: str) -> float | None:
+        """Of what is held out of a domain, once it is prepared; None: nobody counted, or it is conversations."""
+        side = read_side_file(str(self.prefix(domain, held_out=True)))
+        if side is None or not side.totals.characters or side.options.get("kind") == CONVERSATIONS:
+            return None
+        return side.totals.tokens / side.totals.characters
 
     # -- runs
 
