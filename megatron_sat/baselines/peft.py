@@ -23,12 +23,13 @@ SCALED_BEFORE = ("down_proj",)
 LORA_ALPHA = 16
 """α; what is added is multiplied by α / r."""
 LORA_DROPOUT = 0.1
+"""Hu et al., where their repository fine-tunes GPT-2 (``examples/NLG``)."""
 LORA_RANKS = (8, 16, 32, 64)
 """r, as the paper tried them."""
 LORA_LEARNING_RATE = 2e-4
-"""Hu et al., for GPT-3."""
+"""Hu et al., as above."""
 IA3_LEARNING_RATE = 3e-3
-"""Liu et al."""
+"""Liu et al., ``configs/ia3.json`` of their repository T-Few."""
 
 
 def library() -> ModuleType:

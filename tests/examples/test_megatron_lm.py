@@ -90,6 +90,7 @@ def test_it_obeys_what_says_where_and_how_neurons_are_left_out(sparse: subproces
         ("--sat-schedule mst", "use pretrain_sat.py --baseline mst-structured"),
         ("--sat-whole-ends 1", "--sat-whole-ends (1) at both ends must leave some of the 2 layers"),
         ("--sat-weights compact", "unrecognized arguments: --sat-weights"),
+        ("--sat-selection-interval 2", "--sat-selection-interval (2) must be 1"),
     ],
 )
 @pytest.mark.slow
@@ -97,9 +98,3 @@ def test_it_refuses_what_it_could_not_obey(flags: str, said: str) -> None:
     refused = run(*flags.split(), port=29768)
     assert refused.returncode != 0
     assert said in refused.stderr
-
-
-def test_it_refuses_a_choice_that_its_checkpoints_cannot_carry() -> None:
-    refused = run("--sat-selection-interval", "2", port=29763)
-    assert refused.returncode != 0
-    assert "--sat-selection-interval (2) must be 1" in refused.stderr

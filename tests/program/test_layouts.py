@@ -50,6 +50,10 @@ LAYOUTS = {
     "recomputed norms": Case(1, f"{RECOMPUTE} selective --recompute-modules layernorm"),
 }
 
+MUCH_LIKE_ANOTHER = [
+    (layout, "dense") for layout in ("tp 2", "pp 2", "pp 2, the first embeds", "dp 2", "recomputed layers, pp 2")
+]
+
 
 @pytest.fixture(scope="module")
 def train(text: Text, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
@@ -72,8 +76,14 @@ def assert_same_run(one: Trained, other: Trained, *, exact: bool = False) -> Non
     assert one.visits == other.visits
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "method"),
+    [
+        pytest.param(layout, method, marks=pytest.mark.slow if (layout, method) in MUCH_LIKE_ANOTHER else [])
+        for layout in LAYOUTS
+        for method in METHODS
+    ],
+)
 def test_a_layout_trains_as_one_process_does(layout: str, method: str, train: Callable[..., Trained]) -> None:
     case = LAYOUTS[layout]
     run = train(f"{METHODS[method]} {case.flags}", case.ranks)

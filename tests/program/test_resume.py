@@ -51,7 +51,9 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case == "tp 2, lagged" else []) for case in SAME]
+)
 def test_a_run_resumed_inside_a_rung_equals_the_uninterrupted_one_bit_for_bit(
     case: str, text: Text, tmp_path: Path
 ) -> None:
@@ -101,10 +103,11 @@ MOVES = {
     "two replicas to one": ((2, OVERLAPPED), (1, f"{WIDE} --use-distributed-optimizer")),
     "one stage to two": ((1, ""), (2, "--pipeline-model-parallel-size 2")),
 }
+MUCH_LIKE_ANOTHER = ("tp 1 to 2", "two replicas to one")
 
 
 @pytest.mark.parametrize(
-    "move", [pytest.param(move, marks=pytest.mark.slow if move == "two replicas to one" else []) for move in MOVES]
+    "move", [pytest.param(move, marks=pytest.mark.slow if move in MUCH_LIKE_ANOTHER else []) for move in MOVES]
 )
 def test_a_run_resumed_in_another_layout_equals_the_uninterrupted_one(move: str, text: Text, tmp_path: Path) -> None:
     """With selection groups: the same neurons, and losses but for the order of sums."""
