@@ -29,9 +29,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from examples.sft_hf_methods import LEARNING_RATES, Prepared, add_flags, build_model, settle
+from megatron_sat.checkpoint.hf_files import copy_beside
 from megatron_sat.data.jsonl import Lines, find_inputs
 from megatron_sat.data.sft_encode import ChatOptions, encode_examples, read
 from megatron_sat.data.sft_template import Template, build_template
@@ -271,20 +272,21 @@ def peak_memory() -> str:
 
 
 def save(trainer: Trainer, prepared: Prepared, *, args: argparse.Namespace) -> None:
-    """The model and its tokenizer in --save, plain; of LoRA and (IA)³ the learned part too, in adapter/."""
-    library = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    """The model in --save, plain, and the tokenizer's files as they are; of LoRA and (IA)³ the learned part too, in
+    adapter/."""
     if args.method in ("lora", "ia3"):
         trainer.save_model(str(args.save / "adapter"))
-    if prepared.plain is None:
-        trainer.save_model(str(args.save))
-    elif any(hasattr(parameter, "ds_shape") for parameter in prepared.model.parameters()):
+    sharded = any(hasattr(parameter, "ds_shape") for parameter in prepared.model.parameters())
+    if prepared.plain is not None and sharded:
         say("the model lies in shards: merge the adapter with peft's merge_and_unload after loading both")
         return
+    if trainer.is_world_process_zero() and args.save.resolve() != args.model.resolve():
+        copy_beside(args.model, args.save)  # before the model, whose own configuration is written over it
+    if prepared.plain is None:
+        trainer.save_model(str(args.save))
     elif trainer.is_world_process_zero():
         plain: Any = prepared.plain()
         plain.save_pretrained(args.save)
-    if trainer.is_world_process_zero():
-        library.save_pretrained(args.save)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,44 @@
+"""What examples/sft_hf.py leaves beside the weights of a model."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from examples.sft_hf import main
+from tests.examples.test_sft_hf import RECORDS, flags, write
+from tests.helpers.tiny_chat import save_chat_llama
+
+
+def test_the_tokenizer_is_saved_as_it_is_also_where_transformers_cannot_open_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mistral's, where mistral-common lacks packages of its own: the run would end without its model."""
+    save_chat_llama(tmp_path / "model")
+    for name in ("train", "dev"):
+        write(tmp_path / f"{name}.jsonl", RECORDS[:2])
+    finds, config = importlib.util.find_spec, tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}))
+
+    def without_tiktoken(*_: Any, **__: Any) -> None:
+        raise ModuleNotFoundError("No module named 'tiktoken'")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", without_tiktoken)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: name == "mistral_common" or finds(name, *more))
+    main(flags(tmp_path, "full", "--train-iters", "1"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.dtype == torch.float32, "as it was trained"
+
+
+def test_a_model_may_be_trained_in_its_own_folder(tmp_path: Path) -> None:
+    save_chat_llama(tmp_path / "model")
+    for name in ("train", "dev"):
+        write(tmp_path / f"{name}.jsonl", RECORDS[:2])
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "model").lm_head.weight.clone()
+    main([*flags(tmp_path, "full", "--train-iters", "1"), "--save", str(tmp_path / "model")])
+    assert not torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "model").lm_head.weight, before)
