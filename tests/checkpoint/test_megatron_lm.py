@@ -28,15 +28,7 @@ ARGUMENTS = """
 
 def megatron_lm(*arguments: str) -> str:
     """What Megatron-LM's pretrain() prints on one gloo rank."""
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "1",
-        "--master-port",
-        "29771",
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     script = [
         str(ROOT / "tests/helpers/megatron_lm_on_cpu.py"),
         str(ROOT / "examples/megatron_lm/pretrain_gpt_sat.py"),

@@ -17,9 +17,9 @@ def run(ranks: int, folder: Path) -> None:
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what torch's deterministic algorithms ask for
     }
-    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     ended = subprocess.run(
-        [*program, "--master-port", "29781", str(ROOT / "tests/checkpoint/gpu_run.py"), str(folder)],
+        [*program, str(ROOT / "tests/checkpoint/gpu_run.py"), str(folder)],
         capture_output=True,
         text=True,
         timeout=240,

@@ -27,8 +27,8 @@ MEGATRON_ARGUMENTS = """
 """
 
 
-def run(*arguments: str, port: int) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = [str(ROOT / "tests/helpers/megatron_lm_on_cpu.py"), str(ROOT / "examples/megatron_lm/pretrain_gpt_sat.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     # DeepSpeed sets it where it is imported; torch then takes a machine without a driver for one with a GPU
@@ -52,7 +52,7 @@ LADDER = "--sat-schedule ladder --sat-omission-rate 0.5 --sat-schedule-start 2 -
 
 @pytest.fixture(scope="module")
 def sparse() -> subprocess.CompletedProcess[str]:
-    return run(*LADDER.split(), "--sat-omitted-neurons", "frozen", port=29761)
+    return run(*LADDER.split(), "--sat-omitted-neurons", "frozen")
 
 
 def test_the_example_trains_sparse_and_then_dense(sparse: subprocess.CompletedProcess[str]) -> None:
@@ -63,7 +63,7 @@ def test_the_example_trains_sparse_and_then_dense(sparse: subprocess.CompletedPr
 
 @pytest.mark.slow
 def test_its_losses_differ_from_dense_training_from_the_first_step_on(sparse: subprocess.CompletedProcess[str]) -> None:
-    dense = run(port=29762)
+    dense = run()
     assert dense.returncode == 0, dense.stderr[-3000:]
     assert len(losses(dense.stdout)) == len(losses(sparse.stdout)) == 4
     assert all(a != b for a, b in zip(losses(dense.stdout), losses(sparse.stdout), strict=True))
@@ -73,12 +73,12 @@ def test_its_losses_differ_from_dense_training_from_the_first_step_on(sparse: su
 def test_it_obeys_what_says_where_and_how_neurons_are_left_out(sparse: subprocess.CompletedProcess[str]) -> None:
     seen = {"both": losses(sparse.stdout)}
     ways = ("--sat-modules mlp", "--sat-omit backward", "--sat-omit weight-gradient")
-    for port, flags in enumerate(ways, start=29764):
-        found = run(*LADDER.split(), *flags.split(), port=port)
+    for flags in ways:
+        found = run(*LADDER.split(), *flags.split())
         assert found.returncode == 0, found.stderr[-3000:]
         seen[flags] = losses(found.stdout)
         assert ("'attention'" in found.stdout) is (flags != "--sat-modules mlp")
-    dense = losses(run(port=29767).stdout)
+    dense = losses(run().stdout)
     assert seen["--sat-omit backward"][0] == seen["--sat-omit weight-gradient"][0] == dense[0]  # an exact forward
     assert len({tuple(each) for each in (*seen.values(), dense)}) == 5
 
@@ -95,6 +95,6 @@ def test_it_obeys_what_says_where_and_how_neurons_are_left_out(sparse: subproces
 )
 @pytest.mark.slow
 def test_it_refuses_what_it_could_not_obey(flags: str, said: str) -> None:
-    refused = run(*flags.split(), port=29768)
+    refused = run(*flags.split())
     assert refused.returncode != 0
     assert said in refused.stderr

@@ -26,7 +26,7 @@ def figures(argv: list[str], jsonl: Path) -> list[tuple[Any, ...]]:
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what torch's deterministic algorithms ask for
     }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29782"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ended = subprocess.run(
         [*launcher, str(ROOT / "pretrain_sat.py"), *argv, "--log-jsonl", str(jsonl)],
         capture_output=True,
