@@ -42,4 +42,9 @@ fi
     --train-data-path "$out/train" --valid-data-path "valid=$out/valid" --eval-iters 1 \
     --attention-dropout 0 --hidden-dropout 0 --clip-grad 1.0 --log-interval 10 \
     "${from[@]}" --save "$out/tuned" "$@"
-[ -e "$out/hf" ] || "$python" "$root/tools/convert_checkpoint.py" export --load "$out/tuned" --hf "$out/hf"
+# which update OUT/hf is of: a run that was asked to stop is exported as it is, and again when it has gone on
+if ! { [ -e "$out/hf" ] && cmp -s "$out/tuned/latest_checkpointed_iteration.txt" "$out/exported_iteration.txt"; }; then
+    rm -rf "$out/hf"
+    "$python" "$root/tools/convert_checkpoint.py" export --load "$out/tuned" --hf "$out/hf"
+    cp "$out/tuned/latest_checkpointed_iteration.txt" "$out/exported_iteration.txt"
+fi

@@ -33,6 +33,28 @@ def test_without_a_model_the_example_says_how_it_is_called() -> None:
     assert "examples/sft.sh MODEL OUT [settings of finetune_sat.py]" in done.stderr
 
 
+STAND_IN = """#!/usr/bin/env bash
+latest=$OUT/tuned/latest_checkpointed_iteration.txt
+case "$*" in
+    *torch.distributed.run*) mkdir -p "$OUT/tuned"; echo "$STEPS" >"$latest" ;;
+    *export*) mkdir "$OUT/hf" && cp "$latest" "$OUT/hf/made_of" && echo export ;;
+esac
+"""
+"""In the place of Python: trains to step STEPS, and exports what was trained; a folder that is there already fails."""
+
+
+def test_a_run_that_was_stopped_and_went_on_is_exported_anew(tmp_path: Path) -> None:
+    """--exit-interval, --exit-duration-in-mins and the stop file end a run early with exit code 0."""
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    for steps, said in (("4", "export"), ("8", "export"), ("8", "")):
+        around = {"PYTHON": str(python), "OUT": str(out), "STEPS": steps, "GPUS": "1"}
+        done = called("bash", ROOT / "examples" / "sft.sh", tmp_path, out, **around)
+        assert (done.returncode, done.stdout.strip(), done.stderr) == (0, said, "")
+        assert (out / "hf" / "made_of").read_text().strip() == steps
+
+
 @pytest.mark.slow
 def test_the_example_goes_from_a_model_to_a_model_and_goes_on_where_it_was(tmp_path: Path) -> None:
     model, out = write_model("tinyllama", tmp_path / "hf"), tmp_path / "out"
