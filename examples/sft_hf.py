@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments, set_seed
 
-from examples.sft_hf_methods import LEARNING_RATES, Prepared, add_flags, build_model, settle
+from examples.sft_hf_methods import LEARNING_RATES, MadeWith, Prepared, add_flags, build_model, settle
 from megatron_sat.checkpoint.hf_files import copy_beside
 from megatron_sat.data.jsonl import Lines, find_inputs
 from megatron_sat.data.sft_encode import ChatOptions, encode_examples, read
@@ -102,6 +102,9 @@ def build_trainer(args: argparse.Namespace, material: Material, *, steps: int) -
 
     Raises ValueError for what cannot be combined.
     """
+    made_with = MadeWith(args)
+    if args.resume is not None:
+        made_with.refuse_other(Path(args.resume))
     arguments = trainer_arguments(args, steps=steps)  # before the model: ZeRO-3 reads it in shards
     set_seed(args.seed)  # LoRA's A is random
     prepared = build_model(args, steps=steps)
@@ -110,7 +113,7 @@ def build_trainer(args: argparse.Namespace, material: Material, *, steps: int) -
         arguments,
         train_dataset=material.train,  # type: ignore[arg-type]  # whatever can be indexed
         data_collator=lambda examples: collate(examples, fill=material.fill, multiple=material.multiple),
-        callbacks=prepared.callbacks,
+        callbacks=[*prepared.callbacks, made_with],
         optimizers=(prepared.optimizer, None),
     )
     return trainer, prepared

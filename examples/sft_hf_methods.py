@@ -1,16 +1,18 @@
 """The methods of sft_hf.py: their flags, what each makes of a model, and what the Trainer needs for it."""
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn import Module
 from torch.optim import Optimizer
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState, TrainingArguments
 
 from megatron_sat.baselines import spiel
 from megatron_sat.baselines.peft import (
@@ -112,6 +114,32 @@ def _with_spiel(model: Any, args: argparse.Namespace, *, steps: int) -> Prepared
     trained = spiel.Spiel(model, names=LINEAR, config=config, group=replicas)
     optimizer = trained.optimizer(lr=args.lr, weight_decay=args.spiel_weight_decay)
     return Prepared(model=model, callbacks=[StepsOf(trained)], optimizer=optimizer, plain=trained.merge)
+
+
+class MadeWith(TrainerCallback):
+    """Writes into each checkpoint by which method it was made, and with which of its flags."""
+
+    FILE = "sft_hf.json"
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        names = ("method", *FLAGS_OF.get(args.method, {}))
+        self.made_with = {f"--{name.replace('_', '-')}": str(getattr(args, name)) for name in names}
+
+    def refuse_other(self, checkpoint: Path) -> None:
+        """Raises ValueError for a checkpoint that says something else."""
+        file = checkpoint / self.FILE
+        saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else self.made_with
+        for flag, value in self.made_with.items():
+            if saved.get(flag) != value:
+                raise ValueError(
+                    f"{flag} must be that of the checkpoint in --resume, {saved.get(flag)}, got {value}; resume with "
+                    "the same, or start a new run"
+                )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            file = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / self.FILE
+            file.write_text(json.dumps(self.made_with, indent=2) + "\n", encoding="utf-8")
 
 
 class StepsOf(TrainerCallback):

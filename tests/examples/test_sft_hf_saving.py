@@ -42,3 +42,23 @@ def test_a_model_may_be_trained_in_its_own_folder(tmp_path: Path) -> None:
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "model").lm_head.weight.clone()
     main([*flags(tmp_path, "full", "--train-iters", "1"), "--save", str(tmp_path / "model")])
     assert not torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "model").lm_head.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "said"),
+    [
+        ("spdf", ["--spdf-rate", "1/4"], "--spdf-rate must be that of the checkpoint in --resume, 1/2, got 1/4"),
+        ("full", [], "--method must be that of the checkpoint in --resume, spdf, got full; resume with the same, or"),
+    ],
+)
+def test_a_checkpoint_of_another_method_or_setting_is_not_resumed(
+    method: str, more: list[str], said: str, tmp_path: Path
+) -> None:
+    save_chat_llama(tmp_path / "model")
+    for name in ("train", "dev"):
+        write(tmp_path / f"{name}.jsonl", RECORDS[:2])
+    argv = ["--train-iters", "2", "--save-interval", "1", "--resume", str(tmp_path / "out" / "checkpoint-1")]
+    main(flags(tmp_path, "spdf", *argv[:-2]))
+    main(flags(tmp_path, "spdf", *argv))
+    with pytest.raises(ValueError, match=said):
+        main(flags(tmp_path, method, *argv, *more))
