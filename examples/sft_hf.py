@@ -34,8 +34,9 @@ from transformers import Trainer, TrainingArguments, set_seed
 from examples.sft_hf_methods import LEARNING_RATES, MadeWith, Prepared, add_flags, build_model, settle
 from megatron_sat.checkpoint.hf_files import copy_beside
 from megatron_sat.data.jsonl import Lines, find_inputs
-from megatron_sat.data.sft_encode import ChatOptions, encode_examples, read
+from megatron_sat.data.sft_encode import ChatOptions, encode_examples, read, told
 from megatron_sat.data.sft_template import Template, build_template
+from megatron_sat.data.side_file import Totals
 from megatron_sat.data.tokenizer import NO_TOKEN, tokenizer_of_folder
 from megatron_sat.log import say
 
@@ -210,18 +211,23 @@ def trainer_arguments(args: argparse.Namespace, *, steps: int) -> TrainingArgume
 
 
 def read_examples(files: Sequence[str], *, template: Template, max_tokens: int, said: str) -> list[Example]:
-    """Every record as {"input_ids": [s], "labels": [s]}. Raises ValueError that names file and line."""
-    examples: list[Example] = []
+    """Every record as {"input_ids": [s], "labels": [s]}; says what was cut off or left out.
+
+    Raises ValueError that names file and line.
+    """
+    examples, count = list[Example](), Totals()
     for path in find_inputs(files, said=said):
         encoded = encode_examples(list(Lines(path)), template=template, options=ChatOptions(max_tokens=max_tokens))
         if encoded.error is not None:
             number, problem = encoded.error
             raise ValueError(f"{path}, line {number + 1}, must be an instruction record, it is {problem}; mend it")
+        count.add(encoded.totals)
         for stored in torch.from_numpy(encoded.tokens).split(encoded.lengths.tolist()):
             ids, learnt = (torch.from_numpy(found) for found in read(stored.numpy()))
             examples.append({"input_ids": ids, "labels": ids.masked_fill(~learnt, NOT_LEARNT)})
     if not examples:
         raise ValueError(f"{said} must hold at least one example with a response, it holds none; check the files")
+    say(f"{said}: {told(count)}")
     return examples
 
 

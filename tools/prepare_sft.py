@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_sat.data.encode import conditions
 from megatron_sat.data.prepare import prepare_lines
-from megatron_sat.data.sft_encode import TOO_LONG, ChatOptions, chat_job
+from megatron_sat.data.sft_encode import TOO_LONG, ChatOptions, chat_job, told
 from megatron_sat.data.sft_records import FORMS
 from megatron_sat.data.sft_template import WRITTEN_HERE, build_template
 from megatron_sat.data.tokenizer import KINDS, build_tokenizer
@@ -74,12 +74,7 @@ def main(argv: Sequence[str]) -> None:
         workers=args.workers,
         overwrite=args.overwrite,
     )
-    count = side.totals
-    say(
-        f"{args.output_prefix}: {count.documents:,} examples, {count.tokens:,} tokens, {count.targets:,} of them of "
-        f"responses; {count.truncated:,} truncated; left out: {count.malformed:,} malformed, {count.filtered:,} "
-        f"filtered, {count.empty:,} without a response, {count.too_long:,} too long"
-    )
+    say(f"{args.output_prefix}: {told(side.totals)}")
 
 
 if __name__ == "__main__":

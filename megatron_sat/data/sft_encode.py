@@ -86,6 +86,15 @@ def encode_examples(lines: Sequence[bytes], *, template: Template, options: Chat
     return Encoded(tokens=tokens, lengths=lengths, totals=totals, error=error)
 
 
+def told(count: Totals) -> str:
+    """What became of records, for the reader."""
+    return (
+        f"{count.documents:,} examples, {count.tokens:,} tokens, {count.targets:,} of them of responses; "
+        f"{count.truncated:,} truncated; left out: {count.malformed:,} malformed, {count.filtered:,} filtered, "
+        f"{count.empty:,} without a response, {count.too_long:,} too long"
+    )
+
+
 def _example(
     record: dict[str, Any], *, template: Template, options: ChatOptions, totals: Totals
 ) -> np.ndarray | None:

@@ -249,7 +249,10 @@ def test_shares_are_read_as_they_are_written(place: Path) -> None:
     ] == [0, 1]
 
 
-def test_a_longer_example_is_cut_off(place: Path) -> None:
+def test_a_longer_example_is_cut_off_one_without_a_response_is_left_out_and_both_are_said(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(place / "train.jsonl", [*RECORDS, {"instruction": "in my", "output": ""}])
     template = build_template("tokenizer", tokenizer=tokenizer_of_folder(place / "model"))
 
     def lengths(most: int) -> list[int]:
@@ -258,6 +261,9 @@ def test_a_longer_example_is_cut_off(place: Path) -> None:
 
     whole = lengths(2048)
     assert lengths(max(whole) - 1) == [min(length, max(whole) - 1) for length in whole]
+    said, cut = capsys.readouterr().out.replace("\n", " "), whole.count(max(whole))
+    assert f"--data: {len(RECORDS)} examples, {sum(whole) - cut} tokens, " in said
+    assert f"; {cut} truncated; left out: 0 malformed, 0 filtered, 1 without a response" in said
 
 
 def rank_of_two(rank: int, argv: list[str], *, knows_gloo: bool = True) -> dict[str, Any]:
