@@ -64,7 +64,10 @@ PAPER = {
 """By script: a GPU, the layout, and the share of a dense step's operations that a step at rate .5 executes."""
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(script, marks=pytest.mark.slow if script.endswith("_1.1b.sh") else []) for script in SCRIPTS],
+)
 def test_a_dry_run_says_the_papers_run_on_its_cluster_and_ends(script: str) -> None:
     gpu, layout, share = PAPER[script]
     done = call(script, DRY_RUN=1, GPU=gpu)

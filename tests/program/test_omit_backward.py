@@ -1,13 +1,29 @@
 """Runs that omit in the backward or in weights' gradients alone: the first loss is the dense one's, and ranks share the
 work as ever."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.program import SPARSE, Text, trained
+from tests.helpers.program import SPARSE, Text, Trained, trained
 
 BACKWARD, WEIGHTS = (f"{SPARSE} --sat-omit {omit}" for omit in ("backward", "weight-gradient"))
+RANDOM = "--sat-importance uniform"
+"""It looks at no token: replicas have other first micro-batches."""
+
+
+@pytest.fixture(scope="module")
+def alone(text: Text, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
+    """What is omitted to the run of one process; each is run once."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    @cache
+    def run(omit: str) -> Trained:
+        return trained(text.command(f"{omit} {RANDOM}"), folder / f"{len(list(folder.iterdir()))}.jsonl")
+
+    return run
 
 
 def test_the_first_loss_is_the_dense_one(text: Text, tmp_path: Path) -> None:
@@ -40,11 +56,10 @@ def test_the_first_loss_is_the_dense_one(text: Text, tmp_path: Path) -> None:
     ],
 )
 def test_however_it_is_computed_it_is_the_same_run(
-    omit: str, flags: str, ranks: int, text: Text, tmp_path: Path
+    omit: str, flags: str, ranks: int, text: Text, tmp_path: Path, alone: Callable[[str], Trained]
 ) -> None:
-    random = f"{omit} --sat-importance uniform"  # looks at no token: replicas have other first micro-batches
-    alone = trained(text.command(random), tmp_path / "alone.jsonl")
-    found = trained(text.command(f"{random} {flags}"), tmp_path / "found.jsonl", ranks=ranks)
-    assert found.losses == pytest.approx(alone.losses, rel=1e-5)
-    assert found.norms == pytest.approx(alone.norms, rel=1e-4)
-    assert found.visits == alone.visits
+    found = trained(text.command(f"{omit} {RANDOM} {flags}"), tmp_path / "found.jsonl", ranks=ranks)
+    expected = alone(omit)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert found.norms == pytest.approx(expected.norms, rel=1e-4)
+    assert found.visits == expected.visits
