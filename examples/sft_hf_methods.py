@@ -1,7 +1,6 @@
 """The methods of sft_hf.py: their flags, what each makes of a model, and what the Trainer needs for it."""
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -12,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.nn import Module
 from torch.optim import Optimizer
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 
 from megatron_sat.baselines import spiel
 from megatron_sat.baselines.peft import (
@@ -116,10 +117,8 @@ def _with_spiel(model: Any, args: argparse.Namespace, *, steps: int) -> Prepared
     return Prepared(model=model, callbacks=[StepsOf(trained)], optimizer=optimizer, plain=trained.merge)
 
 
-class MadeWith(TrainerCallback):
-    """Writes into each checkpoint by which method it was made, and with which of its flags."""
-
-    FILE = "sft_hf.json"
+class MadeWith(TrainerCallback, ExportableState):
+    """Says in each checkpoint by which method it was made, and with which of its flags."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         names = ("method", *FLAGS_OF.get(args.method, {}))
@@ -127,8 +126,9 @@ class MadeWith(TrainerCallback):
 
     def refuse_other(self, checkpoint: Path) -> None:
         """Raises ValueError for a checkpoint that says something else."""
-        file = checkpoint / self.FILE
-        saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else self.made_with
+        file = checkpoint / TRAINER_STATE_NAME
+        callbacks: Any = TrainerState.load_from_json(str(file)).stateful_callbacks if file.is_file() else {}
+        saved = callbacks.get(type(self).__name__, self.state())["attributes"]
         for flag, value in self.made_with.items():
             if saved.get(flag) != value:
                 raise ValueError(
@@ -136,10 +136,9 @@ class MadeWith(TrainerCallback):
                     "the same, or start a new run"
                 )
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            file = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / self.FILE
-            file.write_text(json.dumps(self.made_with, indent=2) + "\n", encoding="utf-8")
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint's trainer_state.json says of this run."""
+        return {"args": {}, "attributes": self.made_with}
 
 
 class StepsOf(TrainerCallback):
