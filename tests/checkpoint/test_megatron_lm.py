@@ -1,18 +1,14 @@
 """Checkpoints to and from Megatron-LM's own trainer, run for real."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_sat.checkpoint.resume import open_checkpoint
 from tests.checkpoint.runs import go_on, untouched
+from tests.helpers.megatron_lm import megatron_lm, needs_its_trainer
 from tests.helpers.ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 ARGUMENTS = """
     --num-layers 4 --hidden-size 32 --num-attention-heads 4 --group-query-attention --num-query-groups 2
     --ffn-hidden-size 48 --seq-length 16 --max-position-embeddings 16 --swiglu --normalization RMSNorm
@@ -26,34 +22,13 @@ ARGUMENTS = """
 """
 
 
-def megatron_lm(*arguments: str) -> str:
-    """What Megatron-LM's pretrain() prints on one gloo rank."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    script = [
-        str(ROOT / "tests/helpers/megatron_lm_on_cpu.py"),
-        str(ROOT / "examples/megatron_lm/pretrain_gpt_sat.py"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    ended = subprocess.run(
-        [*launch, *script, *ARGUMENTS.split(), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return ended.stdout
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("megatron.training") is None,
-    reason="megatron-core 0.16.1's wheel has no megatron.training; 0.19's has",
-)
+@needs_its_trainer
 def test_megatron_lm_starts_from_our_weights_and_we_start_from_its(saved: Path, tmp_path: Path) -> None:
-    said = megatron_lm("--load", str(saved), "--finetune", "--save", str(tmp_path), "--save-interval", "2")
-    assert f"successfully loaded checkpoint from {saved}" in said
+    flags = ("--load", str(saved), "--finetune", "--save", str(tmp_path), "--save-interval", "2")
+    ended = megatron_lm(*ARGUMENTS.split(), *flags, ranks=1)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert f"successfully loaded checkpoint from {saved}" in ended.stdout
     opened = open_checkpoint(tmp_path)
     assert (opened.iteration, opened.header) == (2, None)
     assert "has weights of another program; pass --finetune" in run_ranks(untouched, 1, {}, tmp_path, {})[0]

@@ -14,7 +14,8 @@ from tests.engines.test_megatron import LOSS, NORM, STEPS, far
 from tests.engines.test_megatron import run as run_on_megatron
 from tests.helpers.plain_engine import MICRO_BATCHES, batches_of, train
 from tests.helpers.ranks import run_ranks
-from tests.helpers.zero_engine import load_library, make_zero_engine, mostly_slow, needs_deepspeed
+from tests.helpers.slow import mostly_slow
+from tests.helpers.zero_engine import load_library, make_zero_engine, needs_deepspeed
 
 pytestmark = needs_deepspeed
 

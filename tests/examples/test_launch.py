@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.slow import mostly_slow
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("pretrain_*.sh"))
@@ -64,10 +66,7 @@ PAPER = {
 """By script: a GPU, the layout, and the share of a dense step's operations that a step at rate .5 executes."""
 
 
-@pytest.mark.parametrize(
-    "script",
-    [pytest.param(script, marks=pytest.mark.slow if script.endswith("_1.1b.sh") else []) for script in SCRIPTS],
-)
+@pytest.mark.parametrize("script", mostly_slow(SCRIPTS, fast=PAPER.keys() - {"pretrain_tinyllama_1.1b.sh"}))
 def test_a_dry_run_says_the_papers_run_on_its_cluster_and_ends(script: str) -> None:
     gpu, layout, share = PAPER[script]
     done = call(script, DRY_RUN=1, GPU=gpu)

@@ -1,19 +1,13 @@
 """The example for those who keep Megatron-LM's trainer, run for real: two gloo ranks, its own pretrain(), mock data."""
 
-import importlib.util
-import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("megatron.training") is None,
-    reason="megatron-core 0.16.1's wheel has no megatron.training; 0.19's has",
-)
+from tests.helpers.megatron_lm import megatron_lm, needs_its_trainer
+
+pytestmark = needs_its_trainer
 MEGATRON_ARGUMENTS = """
     --num-layers 2 --hidden-size 64 --num-attention-heads 8 --group-query-attention --num-query-groups 4
     --ffn-hidden-size 96 --seq-length 32 --max-position-embeddings 32 --swiglu --normalization RMSNorm
@@ -28,19 +22,7 @@ MEGATRON_ARGUMENTS = """
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [str(ROOT / "tests/helpers/megatron_lm_on_cpu.py"), str(ROOT / "examples/megatron_lm/pretrain_gpt_sat.py")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    # DeepSpeed sets it where it is imported; torch then takes a machine without a driver for one with a GPU
-    environment.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
-    return subprocess.run(
-        [*launch, *script, *MEGATRON_ARGUMENTS.split(), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment,
-        check=False,
-    )
+    return megatron_lm(*MEGATRON_ARGUMENTS.split(), *arguments, ranks=2)
 
 
 def losses(output: str) -> list[float]:

@@ -14,14 +14,20 @@ from tests.examples.test_sft_hf import RECORDS, flags, write
 from tests.helpers.tiny_chat import save_chat_llama
 
 
-def test_the_tokenizer_is_saved_as_it_is_also_where_transformers_cannot_open_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Mistral's, where mistral-common lacks packages of its own: the run would end without its model."""
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a model (in model/), train.jsonl and dev.jsonl."""
     save_chat_llama(tmp_path / "model")
     for name in ("train", "dev"):
         write(tmp_path / f"{name}.jsonl", RECORDS[:2])
-    finds, config = importlib.util.find_spec, tmp_path / "model" / "config.json"
+    return tmp_path
+
+
+def test_the_tokenizer_is_saved_as_it_is_also_where_transformers_cannot_open_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mistral's, where mistral-common lacks packages of its own: the run would end without its model."""
+    finds, config = importlib.util.find_spec, place / "model" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}))
 
     def without_tiktoken(*_: Any, **__: Any) -> None:
@@ -29,19 +35,16 @@ def test_the_tokenizer_is_saved_as_it_is_also_where_transformers_cannot_open_it(
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", without_tiktoken)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: name == "mistral_common" or finds(name, *more))
-    main(flags(tmp_path, "full", "--train-iters", "1"))
+    main(flags(place, "full", "--train-iters", "1"))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.dtype == torch.float32, "as it was trained"
+        assert (place / "out" / name).read_bytes() == (place / "model" / name).read_bytes()
+    assert AutoModelForCausalLM.from_pretrained(place / "out").config.dtype == torch.float32, "as it was trained"
 
 
-def test_a_model_may_be_trained_in_its_own_folder(tmp_path: Path) -> None:
-    save_chat_llama(tmp_path / "model")
-    for name in ("train", "dev"):
-        write(tmp_path / f"{name}.jsonl", RECORDS[:2])
-    before = AutoModelForCausalLM.from_pretrained(tmp_path / "model").lm_head.weight.clone()
-    main([*flags(tmp_path, "full", "--train-iters", "1"), "--save", str(tmp_path / "model")])
-    assert not torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "model").lm_head.weight, before)
+def test_a_model_may_be_trained_in_its_own_folder(place: Path) -> None:
+    before = AutoModelForCausalLM.from_pretrained(place / "model").lm_head.weight.clone()
+    main([*flags(place, "full", "--train-iters", "1"), "--save", str(place / "model")])
+    assert not torch.equal(AutoModelForCausalLM.from_pretrained(place / "model").lm_head.weight, before)
 
 
 @pytest.mark.parametrize(
@@ -52,13 +55,10 @@ def test_a_model_may_be_trained_in_its_own_folder(tmp_path: Path) -> None:
     ],
 )
 def test_a_checkpoint_of_another_method_or_setting_is_not_resumed(
-    method: str, more: list[str], said: str, tmp_path: Path
+    method: str, more: list[str], said: str, place: Path
 ) -> None:
-    save_chat_llama(tmp_path / "model")
-    for name in ("train", "dev"):
-        write(tmp_path / f"{name}.jsonl", RECORDS[:2])
-    argv = ["--train-iters", "2", "--save-interval", "1", "--resume", str(tmp_path / "out" / "checkpoint-1")]
-    main(flags(tmp_path, "spdf", *argv[:-2]))
-    main(flags(tmp_path, "spdf", *argv))
+    argv = ["--train-iters", "2", "--save-interval", "1", "--resume", str(place / "out" / "checkpoint-1")]
+    main(flags(place, "spdf", *argv[:-2]))
+    main(flags(place, "spdf", *argv))
     with pytest.raises(ValueError, match=said):
-        main(flags(tmp_path, method, *argv, *more))
+        main(flags(place, method, *argv, *more))

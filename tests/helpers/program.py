@@ -6,7 +6,9 @@ import io
 import json
 import lzma
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,6 +133,19 @@ def trained(argv: list[str], jsonl: Path, *, ranks: int = 1) -> Trained:
         visits=found[0][0],
         weights={f"{rank} {name}": bits for rank, (_, mine) in enumerate(found) for name, bits in mine.items()},
     )
+
+
+def each_once(folder: Path, command: Callable[..., list[str]]) -> Callable[..., Trained]:
+    """(flags, ranks) to the run of their command line, made when first asked for; its figures lie in ``folder``.
+
+    What else is given by name goes to ``command``.
+    """
+
+    @cache
+    def run(flags: str, ranks: int = 1, **more: str) -> Trained:
+        return trained(command(flags, **more), folder / f"{len(list(folder.iterdir()))}.jsonl", ranks=ranks)
+
+    return run
 
 
 def _train(_: int, argv: list[str]) -> tuple[dict[str, list[int]], dict[str, str]]:

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
@@ -27,11 +26,6 @@ def load_library() -> None:
     library()
     for late in ("zero.stage3", "superoffload.superoffload_stage3"):
         importlib.import_module(f"deepspeed.runtime.{late}")
-
-
-def mostly_slow(names: Iterable[str], *, fast: Collection[str]) -> list[Any]:
-    """Parameters of a test: those of ``fast`` as they are, the others marked slow."""
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def make_zero_engine(

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.program import SPARSE, Text, Trained, trained
-from tests.helpers.zero_engine import load_library, mostly_slow, needs_deepspeed
+from tests.helpers.program import SPARSE, Text, Trained, each_once
+from tests.helpers.slow import mostly_slow
+from tests.helpers.zero_engine import load_library, needs_deepspeed
 from tests.program.test_layouts import OURS, TP, WIDE, assert_same_run
 
 pytestmark = needs_deepspeed
@@ -38,14 +38,12 @@ def train(text: Text, weights: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("runs")
     (folder / "sharded.json").write_text(SHARDED)
 
-    @cache
-    def run(flags: str, ranks: int = 1) -> Trained:
-        jsonl = folder / f"{len(list(folder.iterdir()))}.jsonl"
+    def command(flags: str) -> list[str]:
         if "--zero-stage" in flags:
             flags += f" --engine deepspeed --deepspeed-config {folder / 'sharded.json'}"
-        return trained(text.command(f"--load {weights} --finetune {flags}"), jsonl, ranks=ranks)
+        return text.command(f"--load {weights} --finetune {flags}")
 
-    return run
+    return each_once(folder, command)
 
 
 @pytest.mark.parametrize("method", mostly_slow(METHODS, fast=("sparse",)))

@@ -8,8 +8,9 @@ from torch.testing import assert_close
 
 from tests.helpers.program import Text, read_records
 from tests.helpers.ranks import run_ranks
+from tests.helpers.slow import mostly_slow
 from tests.helpers.tolerances import RUN_LOSS
-from tests.helpers.zero_engine import load_library, mostly_slow, needs_deepspeed
+from tests.helpers.zero_engine import load_library, needs_deepspeed
 from tests.program.test_bad_steps import BAD, FAULTS, LEAPS, nan, run_spoilt
 
 pytestmark = needs_deepspeed

@@ -8,8 +8,9 @@ from torch.testing import assert_close
 
 from megatron_sat.engines import zero_adam
 from tests.helpers.program import SPARSE, Text, Trained, trained
+from tests.helpers.slow import mostly_slow
 from tests.helpers.tolerances import RUN_LOSS_BF16
-from tests.helpers.zero_engine import load_library, mostly_slow, needs_deepspeed
+from tests.helpers.zero_engine import load_library, needs_deepspeed
 from tests.program.test_deepspeed import SHARDED
 from tests.program.test_layouts import TP, WIDE, assert_same_run
 

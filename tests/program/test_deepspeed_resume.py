@@ -6,8 +6,9 @@ import pytest
 from torch.testing import assert_close
 
 from tests.helpers.program import Text, read_records, start, trained
+from tests.helpers.slow import mostly_slow
 from tests.helpers.tolerances import RUN_LOSS, RUN_NORM
-from tests.helpers.zero_engine import load_library, mostly_slow, needs_deepspeed
+from tests.helpers.zero_engine import load_library, needs_deepspeed
 from tests.program.test_deepspeed import SHARDED
 from tests.program.test_resume import RUN, TP, WIDE, Saved
 

@@ -3,7 +3,6 @@
 import json
 import random
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,10 @@ from megatron_sat.data.sft_template import build_template
 from megatron_sat.data.tokenizer import build_tokenizer
 from megatron_sat.pretrain import main
 from tests.helpers.command_line import PAPER
-from tests.helpers.program import SPARSE, TOKENIZER, Text, Trained, read_records, start, trained
+from tests.helpers.program import SPARSE, TOKENIZER, Text, Trained, each_once, read_records, start, trained
+from tests.helpers.slow import mostly_slow
 from tests.helpers.tolerances import EXACT, RUN_LOSS, RUN_NORM
-from tests.helpers.zero_engine import load_library, mostly_slow, needs_deepspeed
+from tests.helpers.zero_engine import load_library, needs_deepspeed
 from tests.program.test_layouts import OURS, OVERLAPPED, PP, TP, WIDE, assert_same_run
 
 WORDS = "call me Ishmael some years ago never mind how long having little or no money in my purse".split()
@@ -62,16 +62,12 @@ def command(text: Text, instructions: Path, more: str = "", *, without: str = ""
 def tune(
     text: Text, instructions: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Trained]:
-    """(flags, ranks) to a run from the common weights; each is run once."""
-    folder = tmp_path_factory.mktemp("runs")
+    """(flags, ranks, without) to a run from the common weights; each is run once."""
 
-    @cache
-    def run(flags: str, ranks: int = 1, without: str = "") -> Trained:
-        jsonl = folder / f"{len(list(folder.iterdir()))}.jsonl"
-        argv = command(text, instructions, f"--load {weights} --finetune {flags}", without=without)
-        return trained(argv, jsonl, ranks=ranks)
+    def tuning(flags: str, *, without: str = "") -> list[str]:
+        return command(text, instructions, f"--load {weights} --finetune {flags}", without=without)
 
-    return run
+    return each_once(tmp_path_factory.mktemp("runs"), tuning)
 
 
 ZERO_TOKENS = (

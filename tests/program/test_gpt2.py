@@ -1,7 +1,6 @@
 """GPT-2 in the program, pre-trained from random weights: layouts, resumption, engines, baselines, what is refused."""
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 from megatron_sat.convert.conversion import export_model
 from megatron_sat.convert.opening import open_model
 from megatron_sat.layers.activation import tanh_gelu
-from tests.helpers.program import SPARSE, Text, Trained, open_session, start, trained
+from tests.helpers.program import SPARSE, Text, Trained, each_once, open_session, start, trained
 from tests.helpers.ranks import run_ranks
-from tests.helpers.zero_engine import load_library, mostly_slow, needs_deepspeed
+from tests.helpers.slow import mostly_slow
+from tests.helpers.zero_engine import load_library, needs_deepspeed
 from tests.program.test_baselines import MST, OVERLAPPED, SPDF, STRUCTURED
 from tests.program.test_est import EST
 from tests.program.test_layouts import PP, TP, WIDE, assert_same_run
@@ -46,13 +46,7 @@ def weights(text: Text, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(text: Text, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
     """(flags, ranks) to a run from the common weights; each is run once."""
     folder = tmp_path_factory.mktemp("runs")
-
-    @cache
-    def run(flags: str, ranks: int = 1) -> Trained:
-        jsonl = folder / f"{len(list(folder.iterdir()))}.jsonl"
-        return trained(command(text, f"--load {weights} --finetune {flags}"), jsonl, ranks=ranks)
-
-    return run
+    return each_once(folder, lambda flags: command(text, f"--load {weights} --finetune {flags}"))
 
 
 METHODS = {

@@ -1,14 +1,13 @@
 """Whatever the layout, a run is the run of one process: the same losses, norms, evaluations and neurons."""
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from torch.testing import assert_close
 
-from tests.helpers.program import SPARSE, Text, Trained, trained
+from tests.helpers.program import SPARSE, Text, Trained, each_once, trained
 from tests.helpers.tolerances import EXACT, RUN_LOSS, RUN_NORM
 
 METHODS = {"dense": "", "sparse": SPARSE}
@@ -59,13 +58,7 @@ MUCH_LIKE_ANOTHER = [
 def train(text: Text, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
     """(flags, ranks) to a run from the common weights; each is run once."""
     folder = tmp_path_factory.mktemp("runs")
-
-    @cache
-    def run(flags: str, ranks: int = 1) -> Trained:
-        jsonl = folder / f"{len(list(folder.iterdir()))}.jsonl"
-        return trained(text.command(f"--load {weights} --finetune {flags}"), jsonl, ranks=ranks)
-
-    return run
+    return each_once(folder, lambda flags: text.command(f"--load {weights} --finetune {flags}"))
 
 
 def assert_same_run(one: Trained, other: Trained, *, exact: bool = False) -> None:

@@ -2,12 +2,11 @@
 work as ever."""
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.program import SPARSE, Text, Trained, trained
+from tests.helpers.program import SPARSE, Text, Trained, each_once, trained
 
 BACKWARD, WEIGHTS = (f"{SPARSE} --sat-omit {omit}" for omit in ("backward", "weight-gradient"))
 RANDOM = "--sat-importance uniform"
@@ -17,13 +16,7 @@ RANDOM = "--sat-importance uniform"
 @pytest.fixture(scope="module")
 def alone(text: Text, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
     """What is omitted to the run of one process; each is run once."""
-    folder = tmp_path_factory.mktemp("alone")
-
-    @cache
-    def run(omit: str) -> Trained:
-        return trained(text.command(f"{omit} {RANDOM}"), folder / f"{len(list(folder.iterdir()))}.jsonl")
-
-    return run
+    return each_once(tmp_path_factory.mktemp("alone"), lambda omit: text.command(f"{omit} {RANDOM}"))
 
 
 def test_the_first_loss_is_the_dense_one(text: Text, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from tests.helpers import program
 from tests.helpers.command_line import PAPER
 from tests.helpers.program import Text, Trained, read_records, start, trained
 from tests.helpers.ranks import run_ranks
+from tests.helpers.slow import mostly_slow
 from tests.helpers.tolerances import RUN_LOSS, RUN_NORM
 
 STEPS = 8
@@ -51,9 +52,7 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow if case == "tp 2, lagged" else []) for case in SAME]
-)
+@pytest.mark.parametrize("case", mostly_slow(SAME, fast=SAME.keys() - {"tp 2, lagged"}))
 def test_a_run_resumed_inside_a_rung_equals_the_uninterrupted_one_bit_for_bit(
     case: str, text: Text, tmp_path: Path
 ) -> None:
@@ -103,12 +102,9 @@ MOVES = {
     "two replicas to one": ((2, OVERLAPPED), (1, f"{WIDE} --use-distributed-optimizer")),
     "one stage to two": ((1, ""), (2, "--pipeline-model-parallel-size 2")),
 }
-MUCH_LIKE_ANOTHER = ("tp 1 to 2", "two replicas to one")
 
 
-@pytest.mark.parametrize(
-    "move", [pytest.param(move, marks=pytest.mark.slow if move in MUCH_LIKE_ANOTHER else []) for move in MOVES]
-)
+@pytest.mark.parametrize("move", mostly_slow(MOVES, fast=MOVES.keys() - {"tp 1 to 2", "two replicas to one"}))
 def test_a_run_resumed_in_another_layout_equals_the_uninterrupted_one(move: str, text: Text, tmp_path: Path) -> None:
     """With selection groups: the same neurons, and losses but for the order of sums."""
     (ranks, flags), (new_ranks, new_flags) = MOVES[move]
