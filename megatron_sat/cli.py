@@ -21,6 +21,7 @@ from megatron_sat.flags.presets import fill_in
 from megatron_sat.flags.refused import NEUTRAL
 from megatron_sat.flags.table import complaint, table
 
+_MERGE = "tag:yaml.org,2002:merge"
 USAGE_ERROR = 2
 """What the process exits with for a command line that cannot be obeyed."""
 
@@ -165,21 +166,31 @@ def _groups(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         yield group
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's plain types; a key given twice is an error, where PyYAML would take the last."""
+class Loader(yaml.SafeLoader):
+    """YAML's plain types; a key given twice is an error, where PyYAML would take the last.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+    What ``<<`` brings in gives way to the mapping's own keys, as in YAML.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._flat: list[yaml.MappingNode] = []
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(known is node for known in self._flat):  # by a mapping that brings this one in: its keys are all there
+            return
+        self._flat.append(node)
+        keys = ["<<" if key.tag == _MERGE else self.construct_object(key, deep=True) for key, _ in node.value]
         twice = [key for key in keys if keys.count(key) > 1]
         if twice:
             raise yaml.YAMLError(f"{twice[0]} is given twice")
-        return super().construct_mapping(node, deep)
+        super().flatten_mapping(node)
 
 
 def _read_file(path: Path) -> dict[str, Any]:
     """What a YAML file gives, by key. Raises ValueError for one that cannot be read or holds unknown keys."""
     try:
-        content = yaml.load(path.read_text(), Loader=_Loader)
+        content = yaml.load(path.read_text(), Loader=Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"--config must be a readable text file, {path} is not: {error}; check the path"

@@ -154,7 +154,8 @@ def test_names_without_a_value_take_true_and_false_in_a_file(tmp_path, key, give
     [
         ("learning_rat: 1", "--learning-rat is unknown; the nearest known is"),
         ("num_experts: 2", "--num-experts is not supported"),
-        ("lr: 1\nlr: 2", "--config must be YAML"),
+        ("lr: 1\nlr: 2", "is not: lr is given twice; mend it"),
+        ("<<: {lr: 1}\n<<: {lr: 2}", "is not: << is given twice; mend it"),
         ("norm-epsilon: 1\nlayernorm_epsilon: 2", "layernorm_epsilon is given twice; leave one out"),
         ("modle:\n  lr: 1", "modle is no headline; the headlines are baselines, checkpoint, data, finetuning, gradie"),
         ("lr: [1, 2]", "lr must be a number, got [1, 2]"),
@@ -165,6 +166,25 @@ def test_names_without_a_value_take_true_and_false_in_a_file(tmp_path, key, give
 )
 def test_a_file_that_cannot_be_understood_is_one_line(capsys, tmp_path, text, said):
     assert said in refusal(capsys, write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a {x: 1, y: 1}\nb: {<<: *a, y: 2}",
+        "outer: {in: &a {<<: &base {x: 1, y: 0}, y: 1}}\nb: {<<: *a, y: 2}",  # b is built before what it brings in
+        "a: [&a {x: 1}, &c {y: 3}]\nb: {y: 2, <<: [*a, *c]}",
+    ],
+)
+def test_what_a_mapping_brings_in_gives_way_to_its_own_keys(text):
+    read = yaml.load(text, Loader=cli.Loader)
+    assert read == yaml.safe_load(text)
+    assert read["b"] == {"x": 1, "y": 2}
+
+
+def test_a_file_of_settings_may_bring_some_in(tmp_path):
+    config = write(tmp_path, "<<: {lr: 1.0, adam_beta1: 0.8}\nlr: 1e-3")
+    assert run(config, without="--lr") == run("--lr 1e-3 --adam-beta1 0.8")
 
 
 def test_a_file_that_is_not_there_is_named(capsys, tmp_path):
