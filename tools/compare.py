@@ -29,10 +29,12 @@ from megatron_sat import cpu, log
 log.quiet_libraries()
 cpu.install()  # before anything of megatron is imported; nothing with a GPU
 
+from megatron_sat.cli import Loader
+from megatron_sat.compare.claim import claimed, make_folder
 from megatron_sat.compare.conduct import Conduct
 from megatron_sat.compare.devices import alike, check_count, visible_devices
 from megatron_sat.compare.experiment import CONTROLS, Experiment, experiment_from, with_seeds
-from megatron_sat.compare.history import Entry, append, trend
+from megatron_sat.compare.history import Entry, append, open_store, trend
 from megatron_sat.compare.lab import Lab
 from megatron_sat.compare.pictures import draw_trend
 from megatron_sat.compare.provenance import Provenance, provenance
@@ -83,15 +85,19 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     )
     conduct = Conduct(lab=lab, runner=runner, without=without, gpus=gpus, turns=args.turns)
     if args.dry_run:
+        make_folder(lab.out, flag="--out")
         conduct.rehearse()
         return 0
-    study = conduct.study()
-    verdicts = [judge(text, study) for text in args.require]
-    settings = settings_of(experiment, named=shop.named)
-    told = provenance(ROOT, command=" ".join(["tools/compare.py", *argv]))
-    write_summary(study, args.out, told=told, settings=settings, verdicts=verdicts)
-    history = args.history or args.out.resolve().parent / HISTORY
-    fresh = append(history, _entry(study, told=told, settings=settings))
+    history = args.history or lab.out.parent / HISTORY
+    with claimed(lab.out):
+        with open_store(history, writes=True):
+            pass  # what cannot be written to is known before training
+        study = conduct.study()
+        verdicts = [judge(text, study) for text in args.require]
+        settings = settings_of(experiment, named=shop.named)
+        told = provenance(ROOT, command=" ".join(["tools/compare.py", *argv]))
+        write_summary(study, args.out, told=told, settings=settings, verdicts=verdicts)
+        fresh = append(history, _entry(study, told=told, settings=settings))
     _conclude(study, args.out, verdicts=verdicts)
     log.say(f"{history} {'now remembers this' if fresh else 'remembered this already'}")
     return 0 if all(verdict.holds for verdict in verdicts) else BROKEN
@@ -99,7 +105,7 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def _read(path: Path) -> Experiment:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"FILE must be a readable YAML file, {path} is not: {said}; mend it") from error
@@ -153,6 +159,7 @@ def _history(args: argparse.Namespace) -> int:
     for digest, name, machine in dict.fromkeys((p.settings_digest[:6], p.name, p.machine) for p in points):
         log.say(f"settings {digest}: {name}, on {machine}")
     if args.out is not None:
+        make_folder(args.out.resolve().parent, flag="--out")
         draw_trend(points, args.out)
         log.say(f"drawn to {args.out}")
     return 0

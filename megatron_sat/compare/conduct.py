@@ -75,11 +75,13 @@ class Conduct:
         imported = self.lab.imported
         self.runner.run_all([*([] if imported is None else [imported]), *self.lab.texts])
 
-    def check(self) -> None:
+    def check(self) -> dict[str, tuple[int, int]]:
         """Read the command line of every run as the program will, of one seed, and a start's.
 
-        Needs what `prepare` makes. Raises ValueError for what the program would refuse.
+        Returns, by group, how many sequences of a domain are evaluated at most, and the tokens of one. Needs what
+        `prepare` makes. Raises ValueError for what the program would refuse.
         """
+        evaluated = {}
         experiment, root = self.lab.experiment, self.lab.shop.root
         program, runs = experiment.program, {name: self.lab.run(planned[0]) for name, planned in self._first().items()}
         for name, stage in {**runs, "start": self.lab.start(experiment.seeds[0])}.items():
@@ -88,16 +90,20 @@ class Conduct:
             ranks, cuda = experiment.ranks, torch.cuda.is_available()
             with contextlib.chdir(root):
                 try:
-                    cli.parse([*sft, *arguments], world_size=ranks, cuda=cuda, speaks=False)
+                    config = cli.parse([*sft, *arguments], world_size=ranks, cuda=cuda, speaks=False)
                 except cli.ParsedExit as refused:
                     said = refused.said.removeprefix("error: ").strip()
                     raise ValueError(f"{name} must be a run that {program} can make: {said}") from refused
+            if name in runs:
+                sequences = config.training.eval_iters * config.training.global_batch_size
+                evaluated[name] = sequences, config.settings["seq_length"]
+        return evaluated
 
     def study(self) -> Study:
         """Run every stage that is not done, and read what came of it. Raises what `Runner.run` raises."""
         experiment = self.lab.experiment
         self.prepare()
-        self.check()
+        evaluated = self.check()
         starts = [self.lab.start(seed) for seed in experiment.seeds]
         self._train(starts)
         first = self._stages(self._first())
@@ -121,6 +127,7 @@ class Conduct:
             rate_zero=rates,
             differences={variant: self._differences(stages[DENSE], stages[name]) for variant, name in rates.items()},
             passes={name: _passes(each) for name, each in stages.items()},
+            evaluated=evaluated,
             left_out=self.without,
             shared=self.shared,
             turns=self.turns,

@@ -102,6 +102,11 @@ class Experiment:
         return list(self.valid) if self.new is None else self.languages[self.new]
 
 
+def held_out_name(domain: str) -> str:
+    """The data set of what is held out of a domain."""
+    return f"{domain}.held-out"
+
+
 def language_of(domain: str) -> str:
     """What stands before the first dot."""
     return domain.split(".", 1)[0]
@@ -140,7 +145,7 @@ def experiment_from(given: Mapping[str, Any], *, folder: Path, name: str) -> Exp
         dense_steps=_other_steps(budget),
         ranks=_count({"ranks": 1, **budget}, "ranks"),
         time=budget.get("time", TIMES[0]),
-        training=_settings(_part(given, "training", known=False)),
+        training=_settings(_part(given, "training", known=False), where="training"),
         seeds=tuple(seeds) if isinstance(seeds, list) else (seeds,),
         variants={str(variant): _variant(variant, settings) for variant, settings in variants.items()},
     )
@@ -164,9 +169,17 @@ def _part(given: Mapping[str, Any], part: str, *, known: bool = True) -> Mapping
     return value
 
 
-def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(given: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """Keys as the program has them, however they were written."""
-    return {str(key).lstrip("-").replace("-", "_"): value for key, value in given.items()}
+    found: dict[str, Any] = {}
+    for written, value in given.items():
+        key = str(written).lstrip("-").replace("-", "_")
+        if key in found:
+            raise ValueError(
+                f"{where}: {key} must be set once, got {found[key]!r} and, as {written}, {value!r}; leave one out"
+            )
+        found[key] = value
+    return found
 
 
 def _variant(name: Any, given: Any) -> dict[str, Any]:
@@ -174,7 +187,7 @@ def _variant(name: Any, given: Any) -> dict[str, Any]:
         raise ValueError(
             f"variants: {name} must hold settings, as keys with values, got {given!r}; see examples/compare/small.yaml"
         )
-    return _settings(given or {})
+    return _settings(given or {}, where=f"variants: {name}")
 
 
 def _path(given: Any, *, what: str, folder: Path) -> Path:
@@ -265,6 +278,12 @@ def _check(experiment: Experiment, *, fine_tuning_only: Sequence[str]) -> None:
     if clashing := sorted({place for place in places if places.count(place) > 1}):
         raise ValueError(
             f"data: valid: names must differ by more than dots and dashes, {clashing[0]} is there twice; rename one"
+        )
+    sets = [*experiment.train, *experiment.replay, *map(held_out_name, experiment.valid)]
+    if clashing := sorted({name for name in sets if sets.count(name) > 1}):
+        raise ValueError(
+            f"data: every data set must have a name of its own, {clashing[0]} is there twice (what is held out of a "
+            f"domain is called {held_out_name('DOMAIN')}); rename one"
         )
     for what, language in (("new", experiment.new), ("old", experiment.old)):
         if language is not None and language not in list(experiment.languages):  # what cannot be hashed is in no dict

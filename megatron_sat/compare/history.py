@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sat.compare.claim import make_folder
 from megatron_sat.compare.study import Spread
 
 APPLICATION = 0x5A7C0A9E
@@ -153,7 +154,7 @@ def open_store(path: Path, *, writes: bool) -> Iterator[sqlite3.Connection]:
     """
     try:
         if writes:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent, flag="--history")
         store = sqlite3.connect(path, timeout=PATIENCE_SECONDS, isolation_level=None)
         try:
             store.execute("BEGIN IMMEDIATE" if writes else "BEGIN")

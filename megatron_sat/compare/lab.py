@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_sat.compare.experiment import OF_TOKENIZER, PROGRAMS, Experiment, sparse
+from megatron_sat.compare.experiment import OF_TOKENIZER, PROGRAMS, Experiment, held_out_name, sparse
 from megatron_sat.compare.runs import METRICS
 from megatron_sat.compare.stages import MARKER, Resumption, Stage
 from megatron_sat.compare.workshop import TRACKER, Workshop, tokenizer_files
@@ -118,11 +118,11 @@ class Lab:
     def _data_sets(self) -> dict[str, tuple[Path, ...]]:
         """All of them; what is held out has a name of its own."""
         trained = {**self.experiment.train, **self.experiment.replay}
-        return {**trained, **{f"{name}.held-out": paths for name, paths in self.experiment.valid.items()}}
+        return {**trained, **{held_out_name(name): paths for name, paths in self.experiment.valid.items()}}
 
     def prefix(self, name: str, *, held_out: bool = False) -> Path:
         """Where the data set of a domain is, or will be."""
-        name = f"{name}.held-out" if held_out else name
+        name = held_out_name(name) if held_out else name
         paths = self._data_sets[name]
         if _is_prepared(paths):
             return paths[0]

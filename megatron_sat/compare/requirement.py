@@ -7,6 +7,7 @@
     name         GROUP.FIGURE or GROUP.FIGURE.STATISTIC; without one the mean over seeds is meant
 
 Nothing is evaluated but these. ``dense_equal_time`` alone is the control of the one variant that is named beside it.
+Of seeds those count that all named groups have: a control at rate 0 may have one alone.
 """
 
 import math
@@ -16,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from megatron_sat.compare.experiment import EQUAL_TIME, language_of
-from megatron_sat.compare.study import Study, figure_of
+from megatron_sat.compare.study import Spread, Study, figure_of
 
 STATISTICS = ("mean", "std", "min", "max")
 _COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
@@ -45,11 +46,14 @@ class Verdict:
     right: float
     doubt: str | None = None
     """Why it cannot be judged; None: it can."""
+    of: str = ""
+    """The seeds that count, where they are not all."""
 
     def __str__(self) -> str:
         said = "holds" if self.holds else "does not hold"
         why = "" if self.doubt is None else f", for {self.doubt}"
-        return f"{self.text}: {said}, {self.left:.6g} against {self.right:.6g}{why}"
+        of = self.of and f" ({self.of})"
+        return f"{self.text}: {said}, {self.left:.6g} against {self.right:.6g}{of}{why}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +71,40 @@ def judge(text: str, study: Study) -> Verdict:
     A side that is no number, such as a loss that diverged or a figure that a group lacks, fulfils nothing, and neither
     does a control that did not have the time that it is named for. Raises what `check` raises of groups and statistics.
     """
-    named, lacking = list[str](), list[str]()
+    named = dict[Name, Spread]()
+    doubts = list[str]()
 
-    def value(name: Name) -> float:
+    def look(name: Name) -> float:
         _check_known(name, text=text, groups=study.names)
         found = study.figures[study.names[name.group]]
-        named.append(name.group)
-        if name.figure not in found:  # training is over: this is said, with all else that came of it
-            lacking.append(f"{name.group} has no {name.figure}")
-            return math.nan
-        return float(getattr(found[name.figure], name.statistic))
+        if name.figure in found:
+            named[name] = found[name.figure]
+        else:  # training is over: this is said, with all else that came of it
+            doubts.append(f"{name.group} has no {name.figure}")
+        return math.nan
 
+    def value(name: Name) -> float:
+        values = {seed: named[name].values[seed] for seed in seeds} if name in named else {}
+        return float(getattr(Spread(values=values), name.statistic)) if values else math.nan
+
+    _Parser(text, groups=study.names).requirement(look)
+    each = [set(spread.values) for spread in named.values()]
+    every, seeds = sorted(set().union(*each)), sorted(set.intersection(*each)) if each else []
+    if each and not seeds:
+        doubts.append(f"{' and '.join(dict.fromkeys(name.group for name in named))} have no seed in common")
     left, sign, right = _Parser(text, groups=study.names).requirement(value)
     known = not (math.isnan(left) or math.isnan(right))
-    off = [v for v in study.equal_time if f"{EQUAL_TIME}_{v}" in named and study.off_time(v)]
-    doubts = [*lacking, *(f"{EQUAL_TIME}_{variant} did not have the time of {variant}" for variant in off)]
-    holds = known and not doubts and _COMPARISONS[sign](left, right)
-    return Verdict(text=text, holds=holds, left=left, right=right, doubt=doubts[0] if doubts else None)
+    groups = [name.group for name in named]
+    off = [v for v in study.equal_time if f"{EQUAL_TIME}_{v}" in groups and study.off_time(v)]
+    doubts += [f"{EQUAL_TIME}_{variant} did not have the time of {variant}" for variant in off]
+    return Verdict(
+        text=text,
+        holds=known and not doubts and _COMPARISONS[sign](left, right),
+        left=left,
+        right=right,
+        doubt=doubts[0] if doubts else None,
+        of="" if seeds in ([], every) else f"seed {', '.join(map(str, seeds))}, which all of them have",
+    )
 
 
 def check(text: str, *, groups: Collection[str], figures: Collection[str]) -> None:

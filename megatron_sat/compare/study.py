@@ -92,6 +92,8 @@ class Study:
     """Variant to what its run at rate 0 has otherwise than the dense one, by seed; None: nothing, bit for bit."""
     passes: Mapping[str, float] = field(default_factory=dict)
     """Group to how often it read the domain that it read most often."""
+    evaluated: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Group to how many sequences of each domain judge it at most, and the tokens of one."""
     left_out: tuple[str, ...] = ()
     """Controls that were not run, on request."""
     shared: bool = False

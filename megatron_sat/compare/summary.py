@@ -76,6 +76,14 @@ def warnings(study: Study) -> list[str]:
     if len(study.commits) > 1:
         commits = "; ".join(study.commits)
         said.append(f"RUNS ARE OF DIFFERENT COMMITS ({commits}): remove the folders of the older ones and go on.")
+    first, *others = study.evaluated or [""]
+    said += [
+        f"OTHER TEXT JUDGES {name}: {_text(study.evaluated[name])} of each domain, where {first} has "
+        f"{_text(study.evaluated[first])}. Their losses do not compare; give all the same eval_iters, "
+        "global_batch_size and seq_length."
+        for name in others
+        if study.evaluated[name] != study.evaluated[first]
+    ]
     said += [
         f"UNEQUAL TIME of {variant} and its control ({control}): {_seconds(study, variant, control)}. Remove "
         "`runs` and run again when the machine is quiet."
@@ -90,6 +98,10 @@ def warnings(study: Study) -> list[str]:
                 "trust nothing here before that is mended."
             )
     return said
+
+
+def _text(evaluated: tuple[int, int]) -> str:
+    return f"{evaluated[0]:,} sequences of {evaluated[1]:,} tokens"
 
 
 def how_timed(study: Study) -> list[str]:
@@ -192,7 +204,7 @@ def _required(verdicts: Sequence[Verdict]) -> list[Block]:
     if not verdicts:
         return []
     answers = ["yes" if v.holds else "NO" if v.doubt is None else f"NO: {v.doubt}" for v in verdicts]
-    sides = [[f"`{v.text}`", f"{v.left:.6g}", f"{v.right:.6g}"] for v in verdicts]
+    sides = [[f"`{v.text}`{v.of and f' ({v.of})'}", f"{v.left:.6g}", f"{v.right:.6g}"] for v in verdicts]
     rows = [[answer, *side] for answer, side in zip(answers, sides, strict=True)]
     return [Heading(text="Required"), Table(heads=["holds", "requirement", "left", "right"], rows=rows, texts=2)]
 

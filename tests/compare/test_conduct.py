@@ -40,6 +40,14 @@ def test_runs_come_seed_by_seed_and_the_control_fills_the_variants_time(lab: Lab
     assert study.equal_time == {"sat": "dense_20_steps"}
     assert study.differences == {"sat": {1: None}}
     assert list(study.groups) == ["dense", "sat", "sat_rate_0", "dense_20_steps"]
+    assert study.evaluated == {"dense": (100, 8), "sat": (100, 8), "sat_rate_0": (100, 8)}
+
+
+def test_what_judges_a_variant_is_that_of_its_own_settings(lab: Lab) -> None:
+    more = {**SAT, "eval_iters": 3, "global_batch_size": 2}
+    study, _ = made(other_lab(lab, variants={"sat": SAT, "more": more}), reads=True)
+    assert study.evaluated["more"] == study.evaluated["more_rate_0"] == (6, 8)
+    assert study.evaluated["dense"] == (100, 8)
 
 
 @pytest.mark.parametrize(("time", "steps", "seconds"), [("all", 30, 30.0), ("settled", 20, 20.0)])

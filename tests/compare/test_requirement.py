@@ -66,6 +66,26 @@ def test_a_control_with_another_time_fulfils_nothing(tmp_path: Path) -> None:
     assert judge("sat.zh_loss <= dense.zh_loss + 9", off).holds
 
 
+def test_seeds_count_that_all_groups_have(tmp_path: Path) -> None:
+    """Dense's mean of both seeds is 5.05; the control at rate 0 has the first seed alone, and is dense."""
+    made = study(tmp_path)
+    found = judge("sat_rate_0.zh_loss == dense.zh_loss", made)
+    assert found.holds
+    assert str(found) == "sat_rate_0.zh_loss == dense.zh_loss: holds, 5 against 5 (seed 1, which all of them have)"
+    assert judge("sat.zh_loss <= dense.zh_loss + 9", made).of == ""
+    assert not judge("sat_rate_0.zh_loss.std <= dense.zh_loss.std", made).holds
+
+
+def test_groups_without_a_seed_in_common_fulfil_nothing(tmp_path: Path) -> None:
+    made = study(tmp_path)
+    apart = replace(made.groups["sat_rate_0"], trials={7: made.groups["dense"].trials[1]})
+    starts = {**made.starts, 7: made.starts[1]}
+    groups = {**made.groups, "sat_rate_0": apart}
+    found = judge("sat_rate_0.zh_loss <= 9 * dense.zh_loss", replace(made, groups=groups, starts=starts))
+    assert not found.holds
+    assert str(found).endswith("nan against nan, for sat_rate_0 and dense have no seed in common")
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from megatron_sat.compare import conduct, prepare, same, stages
+from megatron_sat.compare.claim import claimed
 from megatron_sat.compare.devices import Device
 from megatron_sat.compare.runs import METRICS, read_run
 from tests.helpers.ranks import run_ranks
@@ -249,6 +250,45 @@ def test_a_file_that_cannot_be_read_is_refused(content: str | None, says: str, t
         (tmp_path / "x.yaml").write_text(content)
     with pytest.raises(ValueError, match=says):
         compare.main(["run", str(tmp_path / "x.yaml"), "--out", str(tmp_path / "out")])
+
+
+def test_a_variant_given_twice_is_refused(tmp_path: Path) -> None:
+    """The first would be lost, unsaid."""
+    (tmp_path / "x.yaml").write_text("variants:\n  sat: {lr: 1}\n  sat: {lr: 2}\n")
+    with pytest.raises(ValueError, match="FILE must be a readable YAML file, .* is not: sat is given twice; mend it"):
+        compare.main(["run", str(tmp_path / "x.yaml"), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_an_out_below_a_file_is_refused_before_anything_runs(dry: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--out must lie where a folder can be, .*/file/out cannot be made: "):
+        compare.main(["run", str(SMALL), "--out", str(tmp_path / "file" / "out"), *dry])
+
+
+@pytest.mark.parametrize(
+    ("store", "error", "says"),
+    [
+        ("file/x.sqlite", ValueError, "--history must lie where a folder can be, .*/file cannot be made"),
+        (".", RuntimeError, "--history must be a file that can be read and written, .* is not: unable to open"),
+        ("text", ValueError, "--history must be a store of comparisons, .* is not: file is not a database"),
+    ],
+)
+def test_a_history_that_cannot_be_written_is_refused_before_anything_runs(
+    store: str, error: type[Exception], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was found after all training."""
+    monkeypatch.setattr(conduct.Conduct, "study", lambda self: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "text").write_text("no database, but a text of some length\n" * 90)
+    with pytest.raises(error, match=says):
+        compare.main(["run", str(SMALL), "--out", str(tmp_path / "out"), "--history", str(tmp_path / store)])
+
+
+def test_two_commands_in_one_folder_are_one_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conduct.Conduct, "study", lambda self: pytest.fail("it ran"))
+    with claimed(tmp_path / "out"), pytest.raises(RuntimeError, match="one command at a time may work in .*/out, anot"):
+        compare.main(["run", str(SMALL), "--out", str(tmp_path / "out")])
 
 
 @pytest.mark.slow
