@@ -103,7 +103,7 @@ def build_trainer(args: argparse.Namespace, material: Material, *, steps: int) -
 
     Raises ValueError for what cannot be combined.
     """
-    made_with = MadeWith(args)
+    made_with = MadeWith(args, steps=steps, learnt=material.train)
     if args.resume is not None:
         made_with.refuse_other(Path(args.resume))
     arguments = trainer_arguments(args, steps=steps)  # before the model: ZeRO-3 reads it in shards

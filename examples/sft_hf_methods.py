@@ -1,7 +1,8 @@
 """The methods of sft_hf.py: their flags, what each makes of a model, and what the Trainer needs for it."""
 
 import argparse
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
@@ -118,11 +120,16 @@ def _with_spiel(model: Any, args: argparse.Namespace, *, steps: int) -> Prepared
 
 
 class MadeWith(TrainerCallback, ExportableState):
-    """Says in each checkpoint by which method it was made, and with which of its flags."""
+    """Says in each checkpoint by which method it was made, and with what else the steps to come depend on.
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        names = ("method", *FLAGS_OF.get(args.method, {}))
+    learnt: the examples, in their files' order.
+    """
+
+    def __init__(self, args: argparse.Namespace, *, steps: int, learnt: Sequence[Mapping[str, Tensor]]) -> None:
+        names = ("method", *FLAGS_OF.get(args.method, {}), "lr", "seed", "global_batch_size")
         self.made_with = {f"--{name.replace('_', '-')}": str(getattr(args, name)) for name in names}
+        self.made_with["--train-iters (or what --epochs comes to)"] = str(steps)
+        self.made_with["--data (by --template and --max-tokens)"] = _digest(learnt)
 
     def refuse_other(self, checkpoint: Path) -> None:
         """Raises ValueError for a checkpoint that says something else."""
@@ -130,15 +137,23 @@ class MadeWith(TrainerCallback, ExportableState):
         callbacks: Any = TrainerState.load_from_json(str(file)).stateful_callbacks if file.is_file() else {}
         saved = callbacks.get(type(self).__name__, self.state())["attributes"]
         for flag, value in self.made_with.items():
-            if saved.get(flag) != value:
+            if (made_with := saved.get(flag, value)) != value:  # older ones do not say all of it
                 raise ValueError(
-                    f"{flag} must be that of the checkpoint in --resume, {saved.get(flag)}, got {value}; resume with "
-                    "the same, or start a new run"
+                    f"{flag} must be that of the checkpoint in --resume, {made_with}, got {value}; resume with the "
+                    "same, or start a new run"
                 )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint's trainer_state.json says of this run."""
         return {"args": {}, "attributes": self.made_with}
+
+
+def _digest(examples: Sequence[Mapping[str, Tensor]]) -> str:
+    found = hashlib.sha256()
+    for example in examples:
+        for name in ("input_ids", "labels"):
+            found.update(example[name].numpy().tobytes())
+    return f"{len(examples):,} examples ({found.hexdigest()[:12]})"
 
 
 class StepsOf(TrainerCallback):

@@ -47,18 +47,21 @@ def test_a_model_may_be_trained_in_its_own_folder(place: Path) -> None:
     assert not torch.equal(AutoModelForCausalLM.from_pretrained(place / "model").lm_head.weight, before)
 
 
-@pytest.mark.parametrize(
-    ("method", "more", "said"),
-    [
-        ("spdf", ["--spdf-rate", "1/4"], "--spdf-rate must be that of the checkpoint in --resume, 1/2, got 1/4"),
-        ("full", [], "--method must be that of the checkpoint in --resume, spdf, got full; resume with the same, or"),
-    ],
-)
-def test_a_checkpoint_of_another_method_or_setting_is_not_resumed(
-    method: str, more: list[str], said: str, place: Path
-) -> None:
+OTHERS: list[tuple[str, list[str], str]] = [
+    ("spdf", ["--spdf-rate", "1/4"], "--spdf-rate must be that of the checkpoint in --resume, 1/2, got 1/4"),
+    ("spdf", ["--lr", "1e-3"], "--lr must be that of the checkpoint in --resume, 0.005, got 0.001"),
+    ("spdf", ["--seed", "7"], "--seed must be that of the checkpoint in --resume, 1234, got 7"),
+    ("spdf", ["--global-batch-size", "1"], "--global-batch-size must be that of the checkpoint in --resume, 2, got 1"),
+    ("spdf", ["--train-iters", "3"], r"--train-iters \(or what --epochs comes to\) must be .* --resume, 2, got 3"),
+    ("spdf", ["--template", "plain"], r"--data \(by --template and --max-tokens\) must be .*, 2 examples \([0-9a-f]+"),
+    ("full", [], "--method must be that of the checkpoint in --resume, spdf, got full; resume with the same, or"),
+]
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(place: Path) -> None:
     argv = ["--train-iters", "2", "--save-interval", "1", "--resume", str(place / "out" / "checkpoint-1")]
     main(flags(place, "spdf", *argv[:-2]))
     main(flags(place, "spdf", *argv))
-    with pytest.raises(ValueError, match=said):
-        main(flags(place, method, *argv, *more))
+    for method, more, said in OTHERS:
+        with pytest.raises(ValueError, match=said):
+            main(flags(place, method, *argv, *more))
