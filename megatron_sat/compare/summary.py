@@ -76,13 +76,13 @@ def warnings(study: Study) -> list[str]:
     if len(study.commits) > 1:
         commits = "; ".join(study.commits)
         said.append(f"RUNS ARE OF DIFFERENT COMMITS ({commits}): remove the folders of the older ones and go on.")
-    first, *others = study.evaluated or [""]
+    first = next(iter(study.evaluated), "")
     said += [
-        f"OTHER TEXT JUDGES {name}: {_text(study.evaluated[name])} of each domain, where {first} has "
+        f"OTHER TEXT JUDGES {name}: {_text(evaluated)} of each domain, where {first} has "
         f"{_text(study.evaluated[first])}. Their losses do not compare; give all the same eval_iters, "
         "global_batch_size and seq_length."
-        for name in others
-        if study.evaluated[name] != study.evaluated[first]
+        for name, evaluated in study.evaluated.items()
+        if evaluated != study.evaluated[first]
     ]
     said += [
         f"UNEQUAL TIME of {variant} and its control ({control}): {_seconds(study, variant, control)}. Remove "

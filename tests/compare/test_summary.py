@@ -75,8 +75,10 @@ def test_what_a_reader_must_know_stands_in_the_first_line(changes: dict[str, Any
 def test_a_variant_that_other_text_judges_is_told(tmp_path: Path) -> None:
     said = warnings(study(tmp_path, evaluated={"dense": (400, 8), "sat": (1600, 16), "sat_rate_0": (400, 8)}))
     (first,) = said
-    assert first.startswith("OTHER TEXT JUDGES sat: 1,600 sequences of 16 tokens of each domain, where dense has 40")
-    assert first.endswith("losses do not compare; give all the same eval_iters, global_batch_size and seq_length.")
+    assert first == (
+        "OTHER TEXT JUDGES sat: 1,600 sequences of 16 tokens of each domain, where dense has 400 sequences of 8 "
+        "tokens. Their losses do not compare; give all the same eval_iters, global_batch_size and seq_length."
+    )
 
 
 def test_runs_of_different_commits_are_told(tmp_path: Path) -> None:
